@@ -1,0 +1,130 @@
+"""RoIAlign over the levels of a feature pyramid, for all images of a batch at once.
+
+In: channels-last maps of every level, boxes in the input frame, the image each box lies in.
+Out: one fixed-size map per box. Source: Mask R-CNN (He et al. 2017) section 3; the choice of level: FPN
+(Lin et al. 2017) eq. 1.
+
+A bin is the mean of ``sampling_ratio²`` bilinear samples, so it is a weighted sum of ``4·sampling_ratio²`` pixels, each
+a row of the channels-last map: that is what ``embedding_bag`` computes, and on a CPU it runs at the speed of memory.
+"""
+
+# N images, C channels, R boxes, S output side, T samples along one side of a bin, P = S * T samples along one side
+# of a box, L levels.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align as torchvision_roi_align
+
+CANONICAL_SCALE = 224.0
+"""FPN eq. 1: a box of 224 px, the side of an ImageNet crop, maps to …"""
+CANONICAL_LEVEL = 4
+"""… level 4, whose stride is 2⁴."""
+
+_CHUNK_BINS = 2_048
+"""Bins computed at once: few enough that they are still in the cache when they are put in their place."""
+
+
+class _Sampling(NamedTuple):
+    scale: float
+    output_size: int
+    ratio: int
+    aligned: bool
+
+
+def assign_levels(boxes: Tensor, num_levels: int, *, first_level: int = 2) -> Tensor:
+    """Index in ``0..num_levels-1`` of the level each box of (R, 4) is pooled from; level k has stride 2ᵏ."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    level = torch.floor(CANONICAL_LEVEL + torch.log2(area.clamp(min=0).sqrt() / CANONICAL_SCALE) + 1e-6)
+    return (level.clamp(first_level, first_level + num_levels - 1) - first_level).to(torch.int64)  # (R,)
+
+
+def multilevel_roi_align(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image_index: Tensor,
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Pool each box from its own level: (R, C, S, S), channels-last, in the dtype of the features.
+
+    ``features`` are (N, C, Hl, Wl) and best kept channels-last. ``sampling_ratio`` 0 takes as many samples as a bin has
+    pixels. ``aligned`` shifts by half a pixel and drops the rule that a box is at least one pixel wide.
+    """
+    if len(features) != len(strides):
+        raise ValueError(f"features and strides must be as many, got {len(features)} and {len(strides)}")
+    num_channels = features[0].shape[1]
+    level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])))
+    pooled = features[0].new_empty((len(boxes), output_size, output_size, num_channels))
+    pool = _pool_by_bags if _fits_embedding_bag(features, sampling_ratio) else _pool_by_torchvision
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        chosen = torch.nonzero(level_index == level).flatten()
+        rois = torch.cat([image_index[chosen, None].to(boxes.dtype), boxes[chosen]], dim=1)
+        pool(feature, rois, _Sampling(1.0 / stride, output_size, sampling_ratio, aligned), pooled, chosen)
+    return pooled.permute(0, 3, 1, 2)  # (R, C, S, S)
+
+
+def _fits_embedding_bag(features: Sequence[Tensor], sampling_ratio: int) -> bool:
+    trains = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
+    kinds = {torch.float32, torch.bfloat16}
+    return features[0].device.type == "cpu" and sampling_ratio > 0 and features[0].dtype in kinds and not trains
+
+
+def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
+    # torchvision has no bfloat16 kernel, and a half-precision box would move by pixels.
+    maps = torchvision_roi_align(
+        feature.float(), rois.float(), sampling.output_size, sampling.scale, sampling.ratio, sampling.aligned
+    )
+    pooled[place] = maps.permute(0, 2, 3, 1).to(pooled.dtype)  # (R, S, S, C)
+
+
+def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
+    num_channels, height, width = feature.shape[1:]
+    table = feature.permute(0, 2, 3, 1).reshape(-1, num_channels)  # (N * H * W, C), a view if channels-last
+    first = rois[:, 0].to(torch.int32) * (height * width)
+    rows, row_weights = _axis_samples(rois[:, 2], rois[:, 4], sampling, height)
+    columns, column_weights = _axis_samples(rois[:, 1], rois[:, 3], sampling, width)
+    rows = rows * width + first[:, None, None]
+    per_axis = 2 * sampling.ratio
+    step = max(1, _CHUNK_BINS // sampling.output_size**2)
+    for start in range(0, len(rois), step):
+        part = slice(start, start + step)
+        # (R, S, 1, 4 T²) with (R, 1, S, 4 T²): the bag last and contiguous, which the addition is fast on.
+        index = rows[part].repeat_interleave(per_axis, 2)[:, :, None] + columns[part].repeat(1, 1, per_axis)[:, None]
+        weight = (
+            row_weights[part].repeat_interleave(per_axis, 2)[:, :, None]
+            * column_weights[part].repeat(1, 1, per_axis)[:, None]
+        )
+        bags = F.embedding_bag(
+            index.view(-1, per_axis**2), table, mode="sum", per_sample_weights=weight.view(-1, per_axis**2).to(table)
+        )  # (R * S * S, C)
+        pooled[place[part]] = bags.view(-1, *pooled.shape[1:])
+
+
+def _axis_samples(low: Tensor, high: Tensor, sampling: _Sampling, size: int) -> tuple[Tensor, Tensor]:
+    """Pixels and weights along one axis: (R, S, 2 T) int32 and float32, torchvision's rules step by step."""
+    offset = 0.5 if sampling.aligned else 0.0
+    start = low * sampling.scale - offset
+    length = high * sampling.scale - offset - start
+    if not sampling.aligned:
+        length = length.clamp(min=1.0)
+    bin_size = (length / sampling.output_size)[:, None, None]
+    bins = torch.arange(sampling.output_size, dtype=low.dtype, device=low.device)[:, None]
+    samples = torch.arange(sampling.ratio, dtype=low.dtype, device=low.device) + 0.5
+    position = start[:, None, None] + bins * bin_size + samples * bin_size / sampling.ratio  # (R, S, T)
+    inside = (position >= -1.0) & (position <= size)
+    position = position.clamp(0, size - 1)
+    before = position.floor()
+    fraction = position - before
+    pixel = torch.stack([before, (before + 1).clamp(max=size - 1)], dim=3)  # (R, S, T, 2)
+    weight = torch.stack([1 - fraction, fraction], dim=3) * (inside / sampling.ratio)[..., None]
+    return pixel.flatten(2).to(torch.int32), weight.flatten(2)
