@@ -1,0 +1,290 @@
+"""The bytes of one image in, uint8 RGB pixels in the oriented frame out. Every failure is a DecodeError with a reason.
+
+    inspect(data, limits) -> ImageHeader    type from magic bytes, size and orientation from the header, bounds checked
+    decode(data, header)  -> (H, W, 3)      uint8 RGB, contiguous, EXIF orientation applied once
+
+JPEG, PNG and WebP go through torchvision's decoders, which leave the GIL; what those do not take (CMYK and animated
+WebP) and the other formats go through Pillow, opened by the one class that the magic bytes name. Both end in the
+colour rules of ``pipeline/colour.py``. Everything here is safe to call from many threads.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+import torchvision.io  # noqa: F401  registers torch.ops.image; its Python functions are deprecated and warn
+from numpy.typing import NDArray
+from PIL import Image, features
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from model.structures import ImageSize
+from pipeline.colour import SIXTEEN_TO_EIGHT, to_rgb
+from pipeline.errors import ConfigError, DecodeError, Reason
+
+_OPENERS: dict[str, Callable[[BytesIO], ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WEBP": WebPImageFile,
+    "GIF": GifImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+}
+# Classes rather than Image.open(formats=…), which bounds the pixels by the process-wide Image.MAX_IMAGE_PIXELS and
+# not by the limits of the caller. That bound stays as Pillow sets it, for what the classes themselves allocate.
+if features.check("avif"):
+    _OPENERS["AVIF"] = AvifImageFile
+
+_RGB_MODE = 3  # ImageReadMode.RGB: grey is replicated, a palette looked up, alpha dropped
+_FAST_OPS = {
+    image_format: getattr(torch.ops.image, name)
+    for image_format, name in [("JPEG", "decode_jpeg"), ("PNG", "decode_png"), ("WEBP", "decode_webp")]
+    if hasattr(torch.ops.image, name)  # torchvision means to remove them: Pillow then decodes everything
+}
+
+_FORMAT_MAGIC: list[tuple[str, bytes]] = [
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("PNG", rb"\x89PNG\r\n\x1a\n"),
+    ("WEBP", rb"RIFF....WEBP"),
+    ("GIF", rb"GIF8[79]a"),
+    ("BMP", rb"BM"),
+    ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+    ("AVIF", rb"....ftypavi[fs]"),
+    ("HEIC", rb"....ftyp(?:he|mif1|msf1)"),
+    ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
+    ("PDF", rb"%PDF"),
+    ("EPS", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    ("PSD", rb"8BPS"),
+    ("SVG", rb"\s*(?:\xef\xbb\xbf)?\s*<(?:svg|(?:\?xml|!--|!DOCTYPE svg).{0,2000}<svg)"),
+    ("ICO", rb"\0\0\1\0"),
+    ("OpenEXR", rb"v/1\1"),
+    ("Radiance HDR", rb"#\?R"),
+    ("DDS", rb"DDS "),
+    ("QOI", rb"qoif"),
+    ("Netpbm", rb"P[1-7]\s"),
+    ("DICOM", rb".{128}DICM"),
+    ("XCF", rb"gimp xcf"),
+]
+_MAGIC = re.compile(rb"|".join(b"(%s)" % pattern for _, pattern in _FORMAT_MAGIC), re.DOTALL)
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_CUT_WORDS = (
+    "truncated",
+    "incomplete",
+    "out of bound",
+    "unexpected end",
+    "end of file",
+    "premature",
+    "not enough data",
+)
+_UNSUPPORTED_WORDS = ("cannot handle", "unsupported", "not supported", "unknown compression", "unknown pixel mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeLimits:
+    """What an image may cost before it is refused as too_large."""
+
+    max_image_bytes: int = 256 * 2**20
+    """Encoded. Larger objects are refused without being decoded."""
+
+    max_image_pixels: int = 100_000_000
+    """Width times height by the header. Three bytes each once decoded, up to twelve while a float TIFF is scaled."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_image_bytes", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageHeader:
+    """What is known of an image before it is decoded."""
+
+    format: str
+    """Pillow's name of it: JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF."""
+    mode: str
+    """Pillow's name of the stored colours: RGB, L, P, CMYK, I;16, F, …"""
+    size: ImageSize
+    """As stored, before orientation."""
+    orientation: int
+    """EXIF 1..8; 1 when absent or invalid."""
+    is_fast: bool
+    """Decoded by torchvision rather than by Pillow."""
+
+    @property
+    def oriented_size(self) -> ImageSize:
+        """Of the decoded array."""
+        return ImageSize(self.size.width, self.size.height) if self.orientation >= 5 else self.size
+
+
+def inspect(data: bytes, limits: DecodeLimits) -> ImageHeader:
+    """Read type, size and orientation and refuse what is empty, foreign or too large; nothing is decoded."""
+    if not data:
+        raise DecodeError("empty", "0 bytes")
+    if len(data) > limits.max_image_bytes:
+        raise DecodeError("too_large", f"{len(data)} bytes, more than max_image_bytes={limits.max_image_bytes}")
+    image_format = _sniff(data)
+    with _mapped_errors(image_format, data):
+        image = _OPENERS[image_format](BytesIO(data))
+        header = _header_of(image, image_format, data)
+    height, width = header.size
+    if height * width > limits.max_image_pixels:
+        raise DecodeError("too_large", f"{width}x{height} pixels, more than max_image_pixels={limits.max_image_pixels}")
+    if _is_cut(image_format, data):  # PNG decoders are content without the last chunk
+        raise DecodeError("truncated", f"{image_format}: {len(data)} bytes, no end of image")
+    return header
+
+
+def decode(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    """The (H, W, 3) uint8 RGB pixels of ``header.oriented_size``, contiguous."""
+    with _mapped_errors(header.format, data):
+        pixels = _decode_fast(data, header) if header.is_fast else _decode_with_pillow(data, header)
+    if pixels.shape != (*header.oriented_size, 3):
+        raise DecodeError("unreadable", f"{header.format}: decoded to {pixels.shape}, header says {header.size}")
+    return pixels
+
+
+def _sniff(data: bytes) -> str:
+    match = _MAGIC.match(data)
+    if match is None or match.lastindex is None:
+        what = (
+            "zeros"
+            if not data[:4096].strip(b"\0")
+            else "HTML"
+            if re.match(rb"\s*<(!doctype )?html", data, re.I)
+            else ""
+        )
+        raise DecodeError("unreadable", f"not an image: {what or 'no known signature'} in {len(data)} bytes")
+    image_format = _FORMAT_MAGIC[match.lastindex - 1][0]
+    if image_format not in _OPENERS:
+        raise DecodeError("unsupported", f"{image_format} images are not read")
+    return image_format
+
+
+def _header_of(image: ImageFile, image_format: str, data: bytes) -> ImageHeader:
+    width, height = image.size
+    if isinstance(image, TiffImageFile):
+        width, height = image.tag_v2[256], image.tag_v2[257]  # image.size is already the oriented one
+        orientation = image.tag_v2.get(274, 1)
+    else:
+        orientation = _exif_orientation(image.info.get("exif") or _late_png_exif(image_format, data))
+    return ImageHeader(
+        format=image_format,
+        mode=image.mode,
+        size=ImageSize(height, width),
+        orientation=orientation if orientation in range(1, 9) else 1,
+        is_fast=image_format in _FAST_OPS
+        and image.mode != "CMYK"
+        and not (image_format == "WEBP" and getattr(image, "is_animated", False)),
+    )
+
+
+def _exif_orientation(exif: bytes) -> int:
+    """Tag 0x0112 of the first directory, 1 if there is none or the block is broken: that must not cost the image."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (num_entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * num_entries, 12):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
+            if tag == 0x0112:
+                return int(value)
+    except struct.error:
+        return 1
+    return 1
+
+
+def _late_png_exif(image_format: str, data: bytes) -> bytes:
+    """A PNG may carry its eXIf chunk behind the pixels, where reading the header does not reach."""
+    at = data.find(b"eXIf") if image_format == "PNG" else -1
+    return b"" if at < 4 else data[at + 4 : at + 4 + int.from_bytes(data[at - 4 : at], "big")]
+
+
+def _is_cut(image_format: str, data: bytes) -> bool:
+    """The bytes stop before the format's own end; more behind it is harmless."""
+    if image_format == "JPEG":
+        return data.rfind(b"\xff\xd9") < 0
+    if image_format == "PNG":
+        return data.rfind(_PNG_END) < 0
+    if image_format == "WEBP":
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def _decode_fast(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    # The copy costs 0.2 % of a JPEG's decoding; without it torch warns that bytes are read-only.
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    decoded = _FAST_OPS[header.format](encoded, _RGB_MODE)  # (3, H, W), a view of (H, W, 3)
+    pixels: NDArray[np.uint8] = decoded.permute(1, 2, 0).numpy()
+    if decoded.dtype == torch.uint16:
+        pixels = SIXTEEN_TO_EIGHT[pixels]
+    if header.format == "JPEG" and _ends_in_grey(pixels) and _misses_data(data):
+        raise DecodeError("truncated", "JPEG: the data ends before the last block, though an end marker follows")
+    return _oriented(pixels, header.orientation)
+
+
+def _decode_with_pillow(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    image = _OPENERS[header.format](BytesIO(data))  # stands at the first frame
+    image.load()
+    return _oriented(to_rgb(image), 1 if header.format == "TIFF" else header.orientation)  # Pillow has turned a TIFF
+
+
+def _oriented(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    right = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::down, ::right])
+
+
+def _ends_in_grey(pixels: NDArray[np.uint8]) -> bool:
+    """The last 8x8 block is luma 128 throughout: what libjpeg puts where the data ran out."""
+    height, width, _ = pixels.shape
+    last_block = pixels[(height - 1) // 8 * 8 :, (width - 1) // 8 * 8 :]
+    return bool((np.abs(last_block @ np.array([0.299, 0.587, 0.114]) - 128) < 1.5).all())
+
+
+def _misses_data(data: bytes) -> bool:
+    """Whether more bits before the end marker would change the picture. A complete one does not look at them."""
+    at = data.rfind(b"\xff\xd9")
+    longer = data[:at] + bytes(range(1, 128)) * 2 + data[at:]
+    return JpegImageFile(BytesIO(data)).tobytes() != JpegImageFile(BytesIO(longer)).tobytes()
+
+
+@contextmanager
+def _mapped_errors(image_format: str, data: bytes) -> Iterator[None]:
+    """The one edge at which the decoders' errors become ours."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except Exception as error:  # decoders also raise ValueError, TypeError, SyntaxError, struct.error, IndexError
+        message = re.sub(r"^.*\.(cpp|h):\d+, ", "", str(error), flags=re.DOTALL)
+        words = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+        detail = f"{image_format}: {type(error).__name__}: {words}"
+        raise DecodeError(_reason_of(error, image_format, data), detail[:190]) from error
+
+
+def _reason_of(error: Exception, image_format: str, data: bytes) -> Reason:
+    message = str(error).lower()
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
+        return "too_large"
+    if _is_cut(image_format, data) or isinstance(error, EOFError) or any(word in message for word in _CUT_WORDS):
+        return "truncated"
+    return "unsupported" if any(word in message for word in _UNSUPPORTED_WORDS) else "unreadable"
