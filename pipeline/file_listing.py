@@ -1,0 +1,149 @@
+"""Listing folders and prefixes as streams of ``FileInfo``, in the order in which S3 sorts keys.
+
+A folder or prefix enters; its files leave, one at a time: memory holds the names of one folder (local) or one
+page (S3), never the whole listing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline import storage
+from pipeline.retry import retried
+from pipeline.storage import MISSING_VERSION, FileInfo
+from pipeline.uris import locate
+
+SkipFolder = Callable[[str], bool] | None
+
+
+def list_local(root: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    """Depth first. Linked folders are followed, except into a folder they lie in."""
+    above: list[tuple[int, int]] = []
+    stack: list[tuple[str, Iterator[str]]] = []
+
+    def enter(folder: str) -> None:
+        if skip_folder is not None and skip_folder(folder):
+            return
+        try:
+            names, identity = _names(folder), _identity(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if identity not in above and marker not in names:
+            above.append(identity)
+            stack.append((folder if folder.endswith("/") else folder + "/", iter(names)))
+
+    enter(root)
+    while stack:
+        folder, names = stack[-1]
+        for name in names:
+            if name.endswith("/"):
+                enter(folder + name[:-1])
+                break
+            found = _local_file(folder + name)
+            if found is not None:
+                yield found
+        else:
+            stack.pop()
+            above.pop()
+
+
+def list_objects(prefix_uri: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    scheme = prefix_uri.split("://", 1)[0].lower()
+    if scheme in ("s3", "s3a"):
+        return _list_flat(prefix_uri, scheme, skip_folder, marker)
+    return _list_tree(prefix_uri, scheme, skip_folder, marker)
+
+
+def _names(folder: str) -> list[str]:
+    """Names in a folder, those of folders with a slash, which puts them where S3 would sort their content."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _local_file(path: str) -> FileInfo | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:  # a dangling link names an image that is missing; anything else was deleted meanwhile
+        return FileInfo(path, -1, MISSING_VERSION) if os.path.islink(path) else None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return FileInfo(path, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
+
+
+def _list_flat(prefix_uri: str, scheme: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    """S3: pages of keys, all below the prefix in one sorted run."""
+    fs, path = locate(prefix_uri)
+    bucket, key, _ = fs.split_path(path)
+    prefix = key.rstrip("/") + "/" if key else ""
+    root = f"{scheme}://{bucket}/"
+    skipped = "\0"  # the folder being left out; keys arrive sorted, so one at a time
+    folder, token = "", None
+    while True:
+        page = _page(prefix_uri, fs, bucket, prefix, token)
+        for entry in page.get("Contents", ()):
+            name: str = entry["Key"]
+            if name.startswith(skipped) or name.endswith("/"):
+                continue
+            parent, _, base = name.rpartition("/")
+            if parent != folder:
+                folder = parent
+                left_out = _first_skipped(root, prefix, parent, skip_folder)
+                if left_out is not None:
+                    skipped = left_out
+                    continue
+            if base == marker:
+                skipped = name[: -len(base)] or ""
+                continue
+            yield FileInfo(root + name, entry["Size"], storage.object_version({"size": entry["Size"], **entry}))
+        if not page.get("IsTruncated"):
+            return
+        token = page["NextContinuationToken"]
+
+
+def _first_skipped(root: str, prefix: str, parent: str, skip_folder: SkipFolder) -> str | None:
+    """The outermost folder between the prefix and a key that is not to be entered."""
+    if skip_folder is None:
+        return None
+    ends = [len(prefix.rstrip("/"))]
+    ends += [index for index in range(len(prefix), len(parent)) if parent[index] == "/"] + [len(parent)]
+    return next((parent[:end] + "/" for end in ends if end and skip_folder(root + parent[:end])), None)
+
+
+@retried
+def _page(uri: str, fs: Any, bucket: str, prefix: str, token: str | None) -> dict[str, Any]:
+    more = {"ContinuationToken": token} if token else {}
+    page: dict[str, Any] = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+    return page
+
+
+def _list_tree(uri: str, scheme: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    """Any other fsspec store, folder by folder."""
+    if skip_folder is not None and skip_folder(uri.rstrip("/")):
+        return
+    entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in _entries(uri)]
+    if any(name == marker for name, _ in entries):
+        return
+    for _, entry in sorted(entries, key=lambda pair: pair[0] + "/" * (pair[1]["type"] == "directory")):
+        child = f"{scheme}://{entry['name'].strip('/')}"
+        if entry["type"] == "directory":
+            yield from _list_tree(child, scheme, skip_folder, marker)
+        else:
+            yield FileInfo(child, entry["size"], storage.object_version(entry))
+
+
+@retried
+def _entries(uri: str) -> list[dict[str, Any]]:
+    fs, path = locate(uri)
+    try:
+        entries: list[dict[str, Any]] = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/")]

@@ -1,0 +1,175 @@
+"""One retry rule for remote stores: jittered, for minutes, and only for what may pass by itself.
+
+A call and its URI enter; its answer, or an ``OSError`` or ``ConfigError``, leaves. The clients' own retries are
+turned off (``storage.py``): s3fs sleeps 1.9 s in all, and nested retries multiply the load on a throttled store.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import stamina
+
+from pipeline.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 150.0
+"""How long one call is tried again before its error is raised."""
+
+CLIENT_PACKAGES = {
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "aiohttp",
+    "urllib3",
+    "gcsfs",
+    "google",
+    "adlfs",
+    "azure",
+    "requests",
+}
+
+# Classes by name, so that no client has to be imported (or installed) to recognise its errors.
+TRANSIENT_CLASSES = {
+    "HTTPClientError",  # botocore: connect and read timeouts, closed connections
+    "ResponseParserError",  # botocore: a throttled S3 may answer with half a document
+    "ClientConnectionError",  # aiohttp
+    "ClientPayloadError",  # aiohttp: the body ended early
+    "IncompleteRead",  # urllib3, http.client
+    "ServiceRequestError",  # azure
+    "ServiceResponseError",  # azure
+    "TransportError",  # google.auth
+}
+CREDENTIAL_CLASSES = {
+    "NoCredentialsError",  # botocore
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "DefaultCredentialsError",  # google.auth
+    "ClientAuthenticationError",  # azure
+}
+PERMANENT_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_count_lock = threading.Lock()
+_retried_calls = 0
+
+
+def retry_count() -> int:
+    """How many storage calls of this process had to be tried again."""
+    return _retried_calls
+
+
+def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """Wrap a function of a remote URI: transient errors are retried for ``RETRY_SECONDS``, foreign ones mapped."""
+
+    @functools.wraps(call)
+    def wrapper(uri: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        noted = False
+
+        def should_retry(error: Exception) -> bool:
+            nonlocal noted
+            transient = is_transient(error)
+            if transient and not noted:
+                noted = True
+                _note_retry(call.__name__, uri, error)
+            return transient
+
+        attempts = stamina.retry_context(
+            should_retry, attempts=None, timeout=RETRY_SECONDS, wait_initial=0.5, wait_max=40.0, wait_jitter=2.0
+        )
+        with mapped_errors(uri):
+            for attempt in attempts:
+                with attempt:
+                    return call(uri, *args, **kwargs)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    return wrapper
+
+
+@contextmanager
+def mapped_errors(uri: str) -> Iterator[None]:
+    """Turn the errors of store clients into ``OSError`` or ``ConfigError``; let every other one through."""
+    try:
+        yield
+    except Exception as error:
+        names = _class_names(error)
+        if names & CREDENTIAL_CLASSES:
+            raise ConfigError(_credentials_message(uri, error)) from error
+        if isinstance(error, OSError) or not _is_from_client(error):
+            raise
+        raise OSError(f"{uri}: {type(error).__name__}: {error}") from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: timeouts, lost connections, throttling, 5xx."""
+    if isinstance(error, PERMANENT_ERRORS):
+        return False
+    for link in _causes(error):
+        status = http_status(link)
+        if status is not None:
+            return status in (408, 429) or (status >= 500 and status != 501)
+        names = _class_names(link)
+        if names & CREDENTIAL_CLASSES or "SSLError" in names:
+            return False
+        if isinstance(link, TimeoutError | ConnectionError) or names & TRANSIENT_CLASSES:
+            return True
+    return False
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that a store's client hung on its error or on the cause of it."""
+    for link in _causes(error):
+        response = getattr(link, "response", None)  # botocore
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = getattr(link, "status_code", None) or getattr(link, "status", None) or getattr(link, "code", None)
+        if isinstance(found, int) and 100 <= found <= 599:
+            return found
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _class_names(error: BaseException) -> set[str]:
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _is_from_client(error: BaseException) -> bool:
+    return any(cls.__module__.split(".")[0] in CLIENT_PACKAGES for cls in type(error).__mro__)
+
+
+def _credentials_message(uri: str, error: Exception) -> str:
+    if uri.startswith("s3"):
+        step = (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), or FSSPEC_S3_ANON=true if it is public"
+        )
+    elif uri.startswith("g"):
+        step = "run `gcloud auth application-default login` or set GOOGLE_APPLICATION_CREDENTIALS"
+    else:
+        step = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+    return f"no usable credentials for {uri} ({error}): {step}"
+
+
+def _note_retry(what: str, uri: str, error: Exception) -> None:
+    global _retried_calls  # noqa: PLW0603  one counter per process, read through retry_count()
+    with _count_lock:
+        _retried_calls += 1
+    logger.warning(
+        "storage call tried again call=%s uri=%s for_up_to_seconds=%.0f error=%s: %s",
+        what.lstrip("_"), uri, RETRY_SECONDS, type(error).__name__, error,
+    )  # fmt: skip
