@@ -1,0 +1,24 @@
+"""Mask R-CNN: networks, weight files and inference, without Ray, Arrow or storage."""
+
+from model.config import R18_FPN, R50_FPN, ModelConfig, Recipe
+from model.mask_rcnn import MaskRCNN, RawDetections
+from model.random_weights import random_network
+from model.structures import Detections, ImageSize, Rle
+from model.weights import WeightsInfo, describe, load, save
+
+__all__ = [
+    "R18_FPN",
+    "R50_FPN",
+    "Detections",
+    "ImageSize",
+    "MaskRCNN",
+    "ModelConfig",
+    "RawDetections",
+    "Recipe",
+    "Rle",
+    "WeightsInfo",
+    "describe",
+    "load",
+    "random_network",
+    "save",
+]

@@ -1,0 +1,96 @@
+"""Box head (Girshick 2015): pooled features enter, classes and boxes leave; then the choice of detections."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model import boxes as box_math
+from model.config import Recipe
+from model.conv_norm import ConvNorm, Norm
+from model.nms import segment_nms
+from model.rpn import Proposals
+
+# N images, P proposals and D detections of an image, R = N P regions, K classes with background, S pooled side.
+
+
+class BoxHead(nn.Module):
+    """Convolutions and linear layers, then class logits and the box deltas of every class."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        resolution: int,
+        num_convs: int,
+        num_fcs: int,
+        width: int,
+        num_classes: int,
+        norm: Norm | None,
+    ) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            *(ConvNorm(in_channels, in_channels, kernel_size=3, norm=norm) for _ in range(num_convs))
+        )
+        sizes = [in_channels * resolution**2] + [width] * num_fcs
+        self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
+        self.class_logits = nn.Linear(width, num_classes)
+        self.deltas = nn.Linear(width, num_classes * 4)
+
+    def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.convs(region_features).flatten(1)  # (R, C S S)
+        for fc in self.fcs:
+            x = fc(x).relu_()  # (R, width)
+        x = x.to(self.class_logits.weight.dtype)
+        return self.class_logits(x), self.deltas(x).view(len(x), -1, 4)  # (R, K), (R, K, 4)
+
+
+class Chosen(NamedTuple):
+    """D places for each image, best first; the empty ones hold zeros."""
+
+    boxes: Tensor
+    """(N, D, 4) in the padded input's frame."""
+    scores: Tensor
+    """(N, D)."""
+    labels: Tensor
+    """(N, D) class indices."""
+    valid: Tensor
+    """(N, D) whether the place is filled."""
+
+
+def choose(
+    class_logits: Tensor,
+    deltas: Tensor,
+    proposals: Proposals,
+    *,
+    image_sizes: Tensor,
+    score_threshold: float,
+    recipe: Recipe,
+) -> Chosen:
+    """The best detections of each image from the head's outputs for its proposals."""
+    num_images, num_places = proposals.valid.shape
+    num_classes = class_logits.shape[1]
+    scores = class_logits.softmax(dim=1)[:, 1:]  # (R, K - 1), the background left out
+    wanted = (scores > score_threshold) & proposals.valid.view(-1, 1)
+    region, label = wanted.nonzero(as_tuple=True)  # (B,), (B,)
+    scores, label = scores[region, label], label + 1
+    image_index = region.div(num_places, rounding_mode="floor")
+
+    boxes = box_math.decode(
+        deltas[region, label],
+        proposals.boxes.view(-1, 4)[region],
+        weights=recipe.box_delta_weights,
+        max_log_scale=recipe.max_log_scale,
+    )  # (B, 4)
+    boxes = box_math.clip(boxes, image_sizes[image_index])
+    usable = box_math.wide_enough(boxes, recipe.box_min_side)
+    boxes, scores, label, image_index = boxes[usable], scores[usable], label[usable], image_index[usable]
+
+    kept = segment_nms(boxes, scores, image_index * num_classes + label, recipe.box_nms_threshold)
+    boxes, scores, label, image_index = boxes[kept], scores[kept], label[kept], image_index[kept]
+    position, valid = box_math.first_of_each_image(image_index, num_images=num_images, limit=recipe.max_detections)
+    if len(kept) == 0:
+        return Chosen(boxes.new_zeros(*position.shape, 4), scores.new_zeros(position.shape), position, valid)
+    return Chosen(boxes[position] * valid[..., None], scores[position] * valid, label[position] * valid, valid)

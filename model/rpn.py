@@ -1,0 +1,84 @@
+"""Region proposal network (Ren et al. 2015): pyramid levels enter, a fixed number of proposals per image leaves.
+
+The best anchors of each level are chosen by their logits first; only those are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model import boxes as box_math
+from model.anchors import anchors_at, cell_stride
+from model.config import Recipe
+from model.conv_norm import ConvNorm
+from model.nms import segment_nms
+from model.structures import ImageSize
+
+# N images, L levels of H × W cells, A anchors in a cell, P proposals of an image.
+
+
+class RPNHead(nn.Module):
+    """3×3 convolutions shared by the levels, then objectness and box deltas of every anchor."""
+
+    def __init__(self, *, in_channels: int, anchors_per_cell: int, num_convs: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(*(ConvNorm(in_channels, in_channels, kernel_size=3) for _ in range(num_convs)))
+        self.objectness = nn.Conv2d(in_channels, anchors_per_cell, kernel_size=1)
+        self.deltas = nn.Conv2d(in_channels, anchors_per_cell * 4, kernel_size=1)
+
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.convs(level)
+        objectness = self.objectness(x).permute(0, 2, 3, 1).flatten(1)  # (N, H W A)
+        deltas = self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4)  # (N, H W A, 4)
+        return objectness.float(), deltas.float()
+
+
+class Proposals(NamedTuple):
+    """P places for each image, best first; the empty ones hold a box of zeros."""
+
+    boxes: Tensor
+    """(N, P, 4) in the padded input's frame."""
+    valid: Tensor
+    """(N, P) whether the place is filled."""
+
+
+def propose(
+    outputs: Sequence[tuple[Tensor, Tensor]],
+    cells: Sequence[Tensor],
+    *,
+    grids: Sequence[ImageSize],
+    input_size: ImageSize,
+    image_sizes: Tensor,
+    recipe: Recipe,
+) -> Proposals:
+    """Proposals from the head's outputs for each level; `image_sizes` (N, 2) are inside the padding."""
+    chosen = []
+    for (objectness, deltas), cell, grid in zip(outputs, cells, grids, strict=True):
+        logits, index = objectness.topk(min(recipe.rpn_pre_nms, objectness.shape[1]), dim=1)  # (N, k)
+        anchors = anchors_at(index, cell, grid=grid, stride=cell_stride(input_size, grid))  # (N, k, 4)
+        chosen.append((logits, anchors, deltas.gather(1, index[..., None].expand(-1, -1, 4))))
+    logits, anchors, deltas = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))  # (N, Σk), (N, Σk, 4)
+    boxes = box_math.decode(deltas, anchors, weights=recipe.rpn_delta_weights, max_log_scale=recipe.max_log_scale)
+    boxes = box_math.clip(boxes, image_sizes[:, None])
+    scores = logits.sigmoid()  # not the logits: equal probabilities must tie
+    usable = box_math.wide_enough(boxes, recipe.rpn_min_side) & (scores >= recipe.rpn_score_threshold)
+
+    level_index = torch.cat([logits.new_full((part[0].shape[1],), level) for level, part in enumerate(chosen)])
+    image_index, place = usable.nonzero(as_tuple=True)  # (B,), (B,)
+    boxes, scores = boxes[image_index, place], scores[image_index, place]  # (B, 4), (B,)
+    segments = image_index * len(chosen) + level_index[place].long()
+    kept = segment_nms(boxes, scores, segments, recipe.rpn_nms_threshold)
+    position, valid = box_math.first_of_each_image(
+        image_index[kept], num_images=len(usable), limit=recipe.rpn_post_nms
+    )  # (N, P)
+    return Proposals(_take(boxes[kept], position, valid), valid)
+
+
+def _take(boxes: Tensor, position: Tensor, valid: Tensor) -> Tensor:
+    if len(boxes) == 0:
+        return boxes.new_zeros(*position.shape, 4)
+    return boxes[position] * valid[..., None]

@@ -1,0 +1,71 @@
+"""From images to the network's input: normalise, resize, pad; and the sizes that follow from an image's.
+
+uint8 RGB (H, W, 3) arrays enter; one channels-last float (N, 3, H, W) tensor leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.config import Recipe
+from model.structures import ImageSize
+
+
+def resized_size(size: ImageSize, *, min_size: int, max_size: int) -> ImageSize:
+    """The size the short side's rule gives; sides are rounded down, and never to nothing."""
+    factor = min(min_size / min(size), max_size / max(size))
+    return ImageSize(max(1, math.floor(size.height * factor)), max(1, math.floor(size.width * factor)))
+
+
+def padded_size(size: ImageSize, *, divisor: int) -> ImageSize:
+    """The next size up whose sides are multiples of `divisor`."""
+    return ImageSize(-(-size.height // divisor) * divisor, -(-size.width // divisor) * divisor)
+
+
+def check_images(images: Sequence[NDArray[np.uint8]]) -> None:
+    """Raise ValueError for what is not a uint8 (H, W, 3) array with pixels."""
+    for index, image in enumerate(images):
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"image {index} is a {type(image).__name__}; give a NumPy uint8 array (H, W, 3)")
+        if image.dtype != np.uint8:
+            raise ValueError(f"image {index} has dtype {image.dtype}; give uint8, RGB from 0 to 255")
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {index} has shape {image.shape}; give (H, W, 3), in RGB")
+        if image.size == 0:
+            raise ValueError(f"image {index} has shape {image.shape}; give at least one pixel")
+
+
+def to_input(
+    images: Sequence[NDArray[np.uint8]],
+    sizes: Sequence[ImageSize],
+    *,
+    padded: ImageSize,
+    recipe: Recipe,
+    device: torch.device,
+) -> Tensor:
+    """(N, 3, H, W) the images at `sizes` in the upper left of `padded`, zeros around them."""
+    shape = (len(images), 3, *padded)
+    batch = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    mean = torch.tensor(recipe.pixel_mean, device=device)
+    std = torch.tensor(recipe.pixel_std, device=device)
+    for place, image, size in zip(batch, images, sizes, strict=True):
+        pixels = torch.from_numpy(_writable(image)).to(device)  # (H, W, 3)
+        if recipe.channel_order == "BGR":
+            pixels = pixels.flip(-1)
+        values = ((pixels.float() / recipe.pixel_range - mean) / std).permute(2, 0, 1)  # (3, H, W)
+        place[:, : size.height, : size.width] = F.interpolate(
+            values[None], size=size, mode="bilinear", align_corners=False
+        )[0]
+    return batch
+
+
+def _writable(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """torch takes neither negative strides nor, without a warning, read-only memory."""
+    return np.require(image, requirements=["C", "W"])

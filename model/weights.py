@@ -1,0 +1,235 @@
+"""Reading and writing weight files: ours (safetensors) and torchvision's (.pth), recognised by their contents.
+
+A file is checked name by name and shape by shape before anything is computed. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model import torchvision_weights
+from model.config import ModelConfig, Recipe
+from model.mask_rcnn import MaskRCNN, Network, Precision, build_network
+
+Source = str | Path | bytes
+"""A path, the contents of a file, or the name `coco`."""
+
+_METADATA_KEY = "maskline"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """What a weight file says about itself."""
+
+    name: str
+    """The file's name, or `coco`."""
+    sha256: str
+    """Of the file's bytes, hexadecimal."""
+    config: ModelConfig
+    recipe: Recipe
+    categories: dict[int, str]
+    """Name of each class but the background, by the index the network gives it."""
+
+
+def load(
+    source: Source, device: str | torch.device = "cpu", precision: Precision = "fp32", *, name: str | None = None
+) -> MaskRCNN:
+    """A network ready to run from a weight file; ValueError if the file does not fit."""
+    info, tensors = _read(source, name)
+    with torch.device("meta"):
+        network = build_network(info.config, info.recipe)
+    network.load_state_dict(tensors, assign=True)
+    return MaskRCNN(
+        network,
+        config=info.config,
+        recipe=info.recipe,
+        categories=info.categories,
+        name=info.name,
+        sha256=info.sha256,
+        device=device,
+        precision=precision,
+    )
+
+
+def describe(source: Source, *, name: str | None = None) -> WeightsInfo:
+    """What `load` would load, checked as fully, without building it."""
+    return _read(source, name)[0]
+
+
+def save(net: MaskRCNN, path: str | Path) -> None:
+    """Write the network, its norms not folded, as a file that `load` reads back bit for bit."""
+    Path(path).write_bytes(to_bytes(net.network, net.config, net.recipe, net.categories))
+
+
+def to_bytes(network: Network, config: ModelConfig, recipe: Recipe, categories: Mapping[int, str]) -> bytes:
+    """The contents of the file that `save` writes; equal networks give equal bytes."""
+    document = {
+        "format": _FORMAT,
+        "config": config.to_json(),
+        "recipe": recipe.to_json(),
+        "categories": {str(index): name for index, name in sorted(categories.items())},
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    # one key of metadata: safetensors keeps several in no particular order
+    return bytes(safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(document, sort_keys=True)}))
+
+
+def _read(source: Source, name: str | None) -> tuple[WeightsInfo, dict[str, Tensor]]:
+    """The checked contents of a weight file under our names."""
+    if source == "coco":
+        name, source = name or "coco", _download_coco()
+    contents, path = _open(source)
+    sha256 = hashlib.sha256(contents).hexdigest()
+    name = name or (path.name if path else f"weights-{sha256[:12]}")
+    if contents[8:9] == b"{":
+        return _read_ours(contents, name, sha256)
+    return _read_torchvision(contents, name, sha256)
+
+
+def _open(source: Source) -> tuple[bytes, Path | None]:
+    if isinstance(source, bytes):
+        return source, None
+    path = Path(source)
+    try:
+        return path.read_bytes(), path
+    except OSError as error:
+        raise ValueError(
+            f"cannot read weights {str(source)!r}: {error.strerror or error}; "
+            "give a .safetensors or .pth file, or the name 'coco'"
+        ) from error
+
+
+def _read_ours(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
+    try:
+        tensors = safetensors.torch.load(contents)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"weights {name} are not a whole safetensors file: {error}; copy the file again") from error
+    header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
+    document = _our_document(header, name)
+    config = ModelConfig.from_json(document["config"])
+    recipe = Recipe.from_json(document["recipe"])
+    categories = {int(index): str(category) for index, category in document["categories"].items()}
+    if set(categories) != set(range(1, config.num_classes)):
+        raise ValueError(
+            f"weights {name} name {len(categories)} categories; the network has the classes 1 to "
+            f"{config.num_classes - 1}, each of which needs a name; write the file again with model.save"
+        )
+    expected = _shapes(config, recipe)
+    _check_tensors(tensors, expected, name)
+    info = WeightsInfo(name=name, sha256=sha256, config=config, recipe=recipe, categories=categories)
+    return info, {key: tensors[key].float() for key in expected}
+
+
+def _our_document(header: Mapping[str, Any], name: str) -> dict[str, Any]:
+    text = header.get("__metadata__", {}).get(_METADATA_KEY)
+    if text is None:
+        raise ValueError(f"weights {name} are safetensors without maskline's metadata; write them with model.save")
+    document: dict[str, Any] = json.loads(text)
+    if document.get("format") != _FORMAT:
+        raise ValueError(
+            f"weights {name} have format {document.get('format')!r}, this maskline reads {_FORMAT}; "
+            "use the version that wrote them, or write them again"
+        )
+    return document
+
+
+def _read_torchvision(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
+    loaded = _unpickle(contents, name)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        keys = f" with the keys {', '.join(map(str, loaded))[:200]}" if isinstance(loaded, dict) else ""
+        raise ValueError(
+            f"weights {name} hold a {type(loaded).__name__}{keys}, not tensors by name; "
+            "save the network's state_dict() alone"
+        )
+    if not torchvision_weights.is_torchvision(loaded):
+        raise ValueError(
+            f"weights {name} have {len(loaded)} tensors whose names are not those of a torchvision Mask R-CNN "
+            f"(first: {', '.join(list(loaded)[:3])}); give maskrcnn_resnet50_fpn or maskrcnn_resnet50_fpn_v2"
+        )
+    config, recipe = torchvision_weights.recognise(loaded)
+    tensors = torchvision_weights.current_names(loaded)
+    shapes = _shapes(config, recipe)
+    theirs = {ours: torchvision_weights.torchvision_name(ours, config) for ours in shapes}
+    _check_tensors(tensors, {theirs[ours]: shape for ours, shape in shapes.items()}, name)
+    if config.num_classes == 91:
+        categories = torchvision_weights.coco_categories()
+    else:
+        categories = {index: f"class {index}" for index in range(1, config.num_classes)}
+    info = WeightsInfo(name=name, sha256=sha256, config=config, recipe=recipe, categories=categories)
+    return info, {ours: tensors[theirs[ours]].float() for ours in shapes}
+
+
+def _unpickle(contents: bytes, name: str) -> object:
+    try:
+        return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights {name} are no file of tensors, or hold objects besides them, which are not loaded "
+            f"because they could run code: {str(error).splitlines()[0]}; save the network's state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(f"weights {name} are cut short or damaged: {error}; copy the file again") from error
+
+
+def _shapes(config: ModelConfig, recipe: Recipe) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        network = build_network(config, recipe)
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name: str) -> None:
+    """Raise ValueError unless exactly the expected tensors are there, in their shapes, as floating point."""
+    missing = [key for key in expected if key not in tensors]
+    unexpected = [key for key in tensors if key not in expected]
+    misshapen = [
+        f"{key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, not float {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in tensors and (tensors[key].shape != shape or not tensors[key].is_floating_point())
+    ]
+    faults = [
+        f"{len(keys)} {kind} (first: {', '.join(keys[:3])})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if keys
+    ]
+    if faults:
+        raise ValueError(
+            f"weights {name} do not fit, of {len(expected)} tensors: {'; '.join(faults)}; give a whole Mask R-CNN "
+            "R-50-FPN of torchvision (v1 or v2), or a file that model.save wrote"
+        )
+
+
+def _download_coco() -> Path:
+    """torchvision's maskrcnn_resnet50_fpn_v2, in torch's own cache."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+
+    url: str = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    prefix = path.stem.rpartition("-")[2]  # the first digits of the sha256
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), prefix, progress=False)
+    except (URLError, OSError) as error:
+        raise ValueError(
+            f"cannot download the weights 'coco' from {url}: {error}; download that file on a machine that is online "
+            "and give its path instead"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"the weights 'coco' from {url} are not what was published: {error}; try again") from error
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
+        raise ValueError(f"{path} is damaged: its sha256 does not begin with {prefix}; delete it and try again")
+    return path

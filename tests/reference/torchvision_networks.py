@@ -1,0 +1,72 @@
+"""torchvision's own Mask R-CNNs with seeded random weights under which every image has detections."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torchvision
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model import random_weights
+
+Output = dict[str, Tensor]
+
+_NORM_RANGES = [("weight", 0.7, 1.1), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.8, 1.2)]
+
+
+def torchvision_network(version: str, image: NDArray[np.uint8], *, seed: int = 0, num_classes: int = 91) -> nn.Module:
+    """maskrcnn_resnet50_fpn ("v1", frozen norms with an eps of 0, as published; "v1-batch-norm") or "v2"."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = _build(version, num_classes)
+        _vary_norms(network)
+    network.eval()
+    _spread(network, image)
+    return network
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, image: NDArray[np.uint8]) -> Output:
+    """torchvision's answer for one image."""
+    output: Output = network([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
+    return output
+
+
+def _build(version: str, num_classes: int) -> nn.Module:
+    from torchvision.models import resnet50
+    from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+    from torchvision.models.detection._utils import overwrite_eps
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    network: nn.Module
+    if version == "v2":
+        network = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=num_classes)
+    elif version == "v1-batch-norm":
+        network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=num_classes)
+    else:
+        body = resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+        network = MaskRCNN(_resnet_fpn_extractor(body, 3), num_classes)
+        overwrite_eps(network, 0.0)
+    return network
+
+
+def _vary_norms(network: nn.Module) -> None:
+    """Norms that change nothing would hide a wrong folding."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | torchvision.ops.FrozenBatchNorm2d):
+            for name, low, high in _NORM_RANGES:
+                getattr(module, name).data.uniform_(low, high)
+
+
+def _spread(network: nn.Module, image: NDArray[np.uint8]) -> None:
+    layers = [
+        [("rpn.head.cls_logits", random_weights.OBJECTNESS_STD), ("rpn.head.bbox_pred", random_weights.RPN_DELTAS_STD)],
+        [
+            ("roi_heads.box_predictor.cls_score", random_weights.CLASS_LOGITS_STD),
+            ("roi_heads.box_predictor.bbox_pred", random_weights.BOX_DELTAS_STD),
+        ],
+        [("roi_heads.mask_predictor.mask_fcn_logits", random_weights.MASK_LOGITS_STD)],
+    ]
+    steps = [[(network.get_submodule(name), target) for name, target in step] for step in layers]
+    random_weights.rescale_outputs(steps, lambda: predict(network, image))
