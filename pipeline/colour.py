@@ -1,9 +1,10 @@
-"""How each of Pillow's modes becomes uint8 RGB. torchvision's decoders follow the same rules; tests hold them equal.
+"""How each of Pillow's modes becomes uint8 RGB; torchvision's decoders do the same.
 
 grey, 1-bit, palette   replicated, 0 or 255, looked up
 alpha                  dropped, as convert("RGB") of Pillow and the RGB modes of torchvision and OpenCV do: the
                        stored colours are kept, whatever lies below a transparent pixel
-16 bits                v * 255 / 65535, rounded
+16 bits                v * 255 / 65535, rounded; in colour the high byte, which is all that Pillow reads of it and
+                       differs by one level at most
 float, 32-bit integer  v * 255 if all lie in 0..1, else the smallest to 0 and the largest to 255; NaN to 0
 CMYK, YCCK             255 - (c + k), without a colour profile; Adobe's inversion is undone by Pillow
 LAB                    to sRGB through LittleCMS
@@ -16,22 +17,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-SIXTEEN_TO_EIGHT: NDArray[np.uint8] = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-"""65535 = 255 · 257, so rounding v * 255 / 65535 is rounding v / 257."""
+_SIXTEEN_TO_EIGHT: NDArray[np.uint8] = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 of a loaded image."""
+    """(H, W, 3) uint8 of a loaded image, the caller's to write to."""
     image.info.pop("transparency", None)  # a colour key or palette alpha, dropped like any other
     if image.mode.startswith("I;16"):
-        return _replicated(SIXTEEN_TO_EIGHT[np.asarray(image)])
+        return _replicated(_SIXTEEN_TO_EIGHT[np.asarray(image)])
     if image.mode in ("F", "I"):
         return _replicated(_scaled(np.asarray(image, dtype=np.float32)))
     if image.mode == "LAB":
-        return np.asarray(_lab_to_srgb(image))
+        return np.array(_lab_to_srgb(image))
     if image.mode == "RGBa":  # premultiplied
         image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _replicated(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
