@@ -68,19 +68,20 @@ def _intervals(
 ) -> tuple[Ints, Ints]:
     """Starts and stops of the runs of set pixels, counted down the columns of all D images laid end to end."""
     knots_by_column = np.ascontiguousarray(padded.transpose(0, 2, 1))  # (D, K, K): x, then y
-    parts: list[tuple[Ints, Ints]] = []
+    nothing = np.zeros(0, np.int64)
+    all_starts, all_stops = [nothing], [nothing]
     for detection, x in _columns(y_axis, x_axis):
         values = _column_knots(knots_by_column, x_axis, detection, x)  # (Q, K)
         column, start, stop = _set_rows(values, y_axis, detection, threshold)
         top = (detection[column] * size.width + x[column]) * size.height
-        parts.append((top + start, top + stop))
-    if not parts:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    starts = np.concatenate([part[0] for part in parts])
-    stops = np.concatenate([part[1] for part in parts])
+        all_starts.append(top + start)
+        all_stops.append(top + stop)
+    starts, stops = np.concatenate(all_starts), np.concatenate(all_stops)
     # A run that leaves a column at the bottom and enters the next at the top is one run, unless the image ends there.
-    joined = (stops[:-1] == starts[1:]) & (starts[1:] % (size.height * size.width) != 0)
-    return starts[np.concatenate([[True], ~joined])], stops[np.concatenate([~joined, [True]])]
+    apart = (stops[:-1] != starts[1:]) | (starts[1:] % (size.height * size.width) == 0)
+    begins, ends = np.ones((2, len(starts)), bool)
+    begins[1:], ends[:-1] = apart, apart
+    return starts[begins], stops[ends]
 
 
 def _columns(y_axis: PasteAxis, x_axis: PasteAxis) -> Iterator[tuple[Ints, Ints]]:

@@ -27,7 +27,10 @@ CANONICAL_SCALE = 224.0
 CANONICAL_LEVEL = 4
 """… level 4, whose stride is 2⁴."""
 
-_CHUNK_BINS = 2_048
+_OUTSIDE = -1e6
+"""All four edges of a box that is not finite: it pools zeros, where torchvision's kernel would read any address."""
+
+_CHUNK_BINS = 4_096
 """Bins computed at once: few enough that they are still in the cache when they are put in their place."""
 
 
@@ -63,6 +66,7 @@ def multilevel_roi_align(
     if len(features) != len(strides):
         raise ValueError(f"features and strides must be as many, got {len(features)} and {len(strides)}")
     num_channels = features[0].shape[1]
+    boxes = boxes.where(boxes.isfinite().all(dim=1, keepdim=True), _OUTSIDE)
     level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])))
     pooled = features[0].new_empty((len(boxes), output_size, output_size, num_channels))
     pool = _pool_by_bags if _fits_embedding_bag(features, sampling_ratio) else _pool_by_torchvision
@@ -89,7 +93,7 @@ def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, poo
 
 def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
     num_channels, height, width = feature.shape[1:]
-    table = feature.permute(0, 2, 3, 1).reshape(-1, num_channels)  # (N * H * W, C), a view if channels-last
+    table = feature.permute(0, 2, 3, 1).reshape(-1, num_channels).contiguous()  # (N H W, C), a view if channels-last
     first = rois[:, 0].to(torch.int32) * (height * width)
     rows, row_weights = _axis_samples(rois[:, 2], rois[:, 4], sampling, height)
     columns, column_weights = _axis_samples(rois[:, 1], rois[:, 3], sampling, width)
@@ -107,7 +111,12 @@ def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Te
         bags = F.embedding_bag(
             index.view(-1, per_axis**2), table, mode="sum", per_sample_weights=weight.view(-1, per_axis**2).to(table)
         )  # (R * S * S, C)
-        pooled[place[part]] = bags.view(-1, *pooled.shape[1:])
+        _as_words(pooled)[place[part]] = _as_words(bags.view(-1, *pooled.shape[1:]))
+
+
+def _as_words(maps: Tensor) -> Tensor:
+    """The same memory in pieces of 8 bytes where they fit: fewer to put in their place."""
+    return maps.view(torch.int64) if maps.shape[-1] * maps.element_size() % 8 == 0 else maps
 
 
 def _axis_samples(low: Tensor, high: Tensor, sampling: _Sampling, size: int) -> tuple[Tensor, Tensor]:
