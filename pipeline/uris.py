@@ -67,6 +67,8 @@ def public_uri(uri: str) -> str:
         return os.path.abspath(path)
     scheme, rest = uri.split("://", 1)
     rest = _QUERY.sub("", _CREDENTIALS.sub("", rest))
+    if scheme.lower() == "memory":
+        rest = rest.lstrip("/")
     return f"{scheme.lower()}://{rest}"
 
 

@@ -1,0 +1,198 @@
+"""An archive: every image that the inputs hold, listed as a stream.
+
+Inputs (folders, prefixes, globs, tars, zips, Parquet tables, manifests) enter; record batches of ``ITEM_SCHEMA``
+leave. Their bytes are read by ``payloads.py``. Nothing is downloaded to disk or extracted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import ArchiveError, ConfigError
+from pipeline.globs import is_glob, list_matches
+from pipeline.items import (
+    DEFAULT_LIMITS,
+    IMAGE_EXTENSIONS,
+    ITEM_SCHEMA,
+    ArchiveLimits,
+    Item,
+    Listing,
+    extension,
+    failed_item,
+    is_image_name,
+    item_batches,
+    printable,
+)
+from pipeline.manifest import manifest_uris, uri_column
+from pipeline.parquet_archive import image_column, list_parquet, read_schema
+from pipeline.payloads import read_images
+from pipeline.storage import MISSING_VERSION, FileInfo
+from pipeline.tar_archive import list_tar
+from pipeline.uris import is_local, local_path, public_uri
+from pipeline.zip_archive import list_zip
+
+__all__ = ["IMAGE_EXTENSIONS", "ITEM_SCHEMA", "ArchiveLimits", "Listing", "list_images", "read_images"]
+
+RESULTS_MARKER = "_maskline.json"
+"""A folder that holds this is a results table, not an archive."""
+
+MANIFEST_NAMES = (".txt", ".csv")
+STAT_THREADS = 32
+STATS_AT_ONCE = 512
+
+Origin = Literal["named", "found", "listed"]
+"""How a file was come by: an input or a glob names it, a folder holds it, a manifest lists it."""
+
+
+class _Inputs(NamedTuple):
+    """What all inputs of one listing share."""
+
+    skip_folder: Callable[[str], bool]
+    limits: ArchiveLimits
+    listing: Listing
+
+
+def list_images(
+    inputs: Sequence[str],
+    *,
+    exclude: str | None = None,
+    limits: ArchiveLimits = DEFAULT_LIMITS,
+    listing: Listing | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Every image of the inputs as rows of ``ITEM_SCHEMA``, in an order that depends on the inputs alone.
+
+    A folder or prefix gives its images by extension and the archives in it; what a path, a glob or a manifest names
+    is taken whatever its extension. ``exclude`` (our own output) and other results tables are never entered. A
+    damaged archive gives the members before the damage and one row of kind ``failed``. ``listing`` counts along.
+    ``ConfigError`` for an input that holds no image.
+    """
+    own_output = public_uri(exclude).rstrip("/") if exclude else None
+    shared = _Inputs(lambda folder: folder == own_output, limits, listing if listing is not None else Listing())
+    return item_batches(_counted(_all_items(inputs, shared), shared.listing))
+
+
+# ------------------------------------------------------------------------------------------------------------ listing
+
+
+def _counted(items: Iterable[Item], listing: Listing) -> Iterator[Item]:
+    for item in items:
+        if item.kind == "failed":
+            listing.failed_archives += 1
+        else:
+            listing.images += 1
+            listing.bytes += max(item.bytes, 0)
+            listing.missing += item.source_version == MISSING_VERSION
+        yield item
+
+
+def _all_items(inputs: Sequence[str], shared: _Inputs) -> Iterator[Item]:
+    for given in inputs:
+        uri = public_uri(given)
+        found = False
+        try:
+            for item in _input_items(uri, given.endswith("/"), shared):
+                found = True
+                yield item
+        except FileNotFoundError as error:  # a bucket that is not there
+            raise ConfigError(f"nothing to read at {uri}: {error}") from error
+        except PermissionError as error:
+            raise ConfigError(f"no access to {uri}: {error}") from error
+        if not found:
+            skipped = ", ".join(f"{count} {name}" for name, count in shared.listing.skipped.most_common(5))
+            raise ConfigError(f"no images at {uri}" + (f"; left out: {skipped}" if skipped else "; is the path right?"))
+
+
+def _input_items(uri: str, is_folder: bool, shared: _Inputs) -> Iterator[Item]:
+    info = None if is_folder else _info(uri)
+    if info is not None:
+        yield from _file_items(info, "named", shared)
+    elif is_glob(uri) and not os.path.isdir(local_path(uri) or ""):
+        for match, named in list_matches(uri, shared.skip_folder, RESULTS_MARKER):
+            # A glob such as `*` is not meant to follow the notes that lie beside the images.
+            stray = extension(match.uri) in MANIFEST_NAMES and not uri.lower().endswith(MANIFEST_NAMES)
+            yield from _file_items(match, "named" if named and not stray else "found", shared)
+    else:
+        for file in storage.list_files(uri, skip_folder=shared.skip_folder, marker=RESULTS_MARKER):
+            yield from _file_items(file, "found", shared)
+
+
+def _info(uri: str) -> FileInfo | None:
+    try:
+        return storage.info(uri)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+def _file_items(info: FileInfo, origin: Origin, shared: _Inputs) -> Iterator[Item]:
+    """The items of one file: itself, or what the archive or manifest holds."""
+    name = info.uri.lower()
+    if name.endswith((".tar", ".tar.gz", ".tgz", ".zip", ".parquet")) and info.version != MISSING_VERSION:
+        try:
+            yield from _archive_items(info, name, origin, shared)
+        except ArchiveError as error:
+            yield failed_item(info, error)
+    elif name.endswith(MANIFEST_NAMES) and origin == "named":
+        yield from _manifest_items(info, shared)
+    elif name.endswith(MANIFEST_NAMES) and origin == "listed":
+        yield failed_item(info, ArchiveError(info.uri, "unsupported", "a manifest named in a manifest"))
+    elif origin != "found" or is_image_name(name):
+        key = printable(info.uri)
+        yield Item(key, info.version, "file", key, "", 0, info.size)
+    else:
+        shared.listing.skip(name)
+
+
+def _archive_items(info: FileInfo, name: str, origin: Origin, shared: _Inputs) -> Iterator[Item]:
+    match extension(name):
+        case ".tar":
+            yield from list_tar(info, shared.limits, shared.listing, gzipped=False)
+        case ".gz" | ".tgz":
+            yield from list_tar(info, shared.limits, shared.listing, gzipped=True)
+        case ".zip":
+            yield from list_zip(info, shared.limits, shared.listing)
+        case _:
+            yield from _table_items(info, origin, shared)
+
+
+def _table_items(info: FileInfo, origin: Origin, shared: _Inputs) -> Iterator[Item]:
+    schema = read_schema(info)
+    if image_column(schema) is not None:
+        yield from list_parquet(info, shared.limits)
+    elif origin == "named" and uri_column(schema) is not None:
+        yield from _manifest_items(info, shared)
+    elif origin == "found":
+        shared.listing.skip(info.uri)
+    else:
+        problem = f"no column of encoded images (nor of URIs) among {', '.join(schema.names)}"
+        if origin == "named":
+            raise ConfigError(f"{info.uri}: {problem}")
+        raise ArchiveError(info.uri, "unsupported", problem)
+
+
+def _manifest_items(info: FileInfo, shared: _Inputs) -> Iterator[Item]:
+    uris = manifest_uris(info)
+    with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="stat") as pool:
+        while chunk := list(islice(uris, STATS_AT_ONCE)):
+            ahead = map if all(map(is_local, chunk)) else pool.map
+            for entry in ahead(_manifest_entry, chunk):
+                if isinstance(entry, FileInfo):
+                    yield from _file_items(entry, "listed", shared)
+                else:
+                    yield entry
+
+
+def _manifest_entry(uri: str) -> FileInfo | Item:
+    key = printable(public_uri(uri))
+    try:
+        return storage.info(uri)
+    except (FileNotFoundError, NotADirectoryError):
+        return Item(key, MISSING_VERSION, "file", key)
+    except IsADirectoryError as error:
+        return failed_item(FileInfo(key, -1, MISSING_VERSION), ArchiveError(key, "unsupported", str(error)))
