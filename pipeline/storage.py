@@ -101,12 +101,13 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
-    """Create an object that must not exist yet, in ONE attempt.
+    """Create an object that must not exist yet, in one attempt of ours.
 
     True: this call created it. False: it existed. An error (``OSError``, ``TimeoutError``, ``StoreConflict``): the
-    outcome is unknown, so read the object. False too may be our own write whose answer was lost below us.
-    Local: temporary file and ``os.link``. S3: one PUT with If-None-Match: *. Google and Azure: their client's
-    mode="create", which is documented to be conditional and may retry inside; untested here.
+    outcome is unknown. False may also be our own write whose answer was lost: when a connection breaks, aiohttp
+    sends a PUT once more by itself. So on anything but True, read the object and see whose it is.
+    Local: a temporary file and ``os.link``. S3: one PUT with If-None-Match: *. Google and Azure: mode="create" of
+    their clients, documented to be conditional; untested here.
     """
     if not data:
         raise ValueError(
@@ -140,7 +141,8 @@ def honours_create_exclusive(uri_prefix: str) -> bool:
     """Whether the store refuses to create a key twice, tried with a key of its own under the prefix."""
     probe = join(uri_prefix, f"_probe-{uuid.uuid4().hex}")
     try:
-        return create_exclusive(probe, b"probe 1") and not create_exclusive(probe, b"probe 2")
+        create_exclusive(probe, b"probe 1")
+        return not create_exclusive(probe, b"probe 2")
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):  # a disk without hard links
             return False

@@ -98,6 +98,8 @@ def _locate(uri: str, *, client_retries: bool) -> tuple[Any, str]:
     fs = _file_system(scheme, os.getpid(), client_retries)
     if scheme_of(uri) == "s3":
         return fs, rest.lstrip("/")  # fsspec would strip a trailing slash, which is part of a key
+    if scheme == "memory":
+        return fs, "/" + rest.strip("/")
     return fs, fs._strip_protocol(uri)
 
 

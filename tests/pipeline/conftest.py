@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -57,7 +58,8 @@ def faulty_s3(s3_root: str, s3_endpoint: str, s3_environment: Callable[[str], No
 def memory_root() -> Iterator[str]:
     root = f"memory://maskline-{uuid.uuid4().hex[:12]}/root"
     yield root
-    fsspec.filesystem("memory").rm(root.removeprefix("memory:/").rpartition("/")[0], recursive=True)
+    with suppress(FileNotFoundError):  # nothing was written, or nothing is left
+        fsspec.filesystem("memory").rm(root.removeprefix("memory:/").rpartition("/")[0], recursive=True)
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
