@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from model.structures import ImageSize
 from pipeline.colour import to_rgb
 from pipeline.errors import ConfigError, DecodeError, Reason
+from pipeline.jpeg import END, lacks_last_block, read_frame
 from pipeline.orientation import exif_orientation, late_png_exif, oriented
 
 _OPENERS: dict[str, Callable[[BytesIO], ImageFile]] = {
@@ -134,8 +136,7 @@ def inspect(data: bytes, limits: DecodeLimits) -> ImageHeader:
         raise DecodeError("too_large", f"{len(data)} bytes, more than max_image_bytes={limits.max_image_bytes}")
     image_format = _sniff(data)
     with _mapped_errors(image_format, data):
-        image = _OPENERS[image_format](BytesIO(data))
-        header = _header_of(image, image_format, data)
+        header = _jpeg_header(data) if image_format == "JPEG" else _pillow_header(data, image_format)
     height, width = header.size
     if height * width > limits.max_image_pixels:
         raise DecodeError("too_large", f"{width}x{height} pixels, more than max_image_pixels={limits.max_image_pixels}")
@@ -165,7 +166,19 @@ def _sniff(data: bytes) -> str:
     return image_format
 
 
-def _header_of(image: ImageFile, image_format: str, data: bytes) -> ImageHeader:
+def _jpeg_header(data: bytes) -> ImageHeader:
+    size, num_components, exif = read_frame(data)
+    return ImageHeader(
+        format="JPEG",
+        mode={1: "L", 3: "RGB", 4: "CMYK"}[num_components],
+        size=size,
+        orientation=exif_orientation(exif),
+        is_fast="JPEG" in _FAST_OPS and num_components != 4,
+    )
+
+
+def _pillow_header(data: bytes, image_format: str) -> ImageHeader:
+    image = _OPENERS[image_format](BytesIO(data))
     width, height = image.size
     if isinstance(image, TiffImageFile):
         width, height = image.tag_v2[256], image.tag_v2[257]  # image.size is already the oriented one
@@ -178,22 +191,22 @@ def _header_of(image: ImageFile, image_format: str, data: bytes) -> ImageHeader:
         mode=image.mode,
         size=ImageSize(height, width),
         orientation=orientation if orientation in range(1, 9) else 1,
-        is_fast=image_format in _FAST_OPS
-        and image.mode != "CMYK"
-        and not (image_format == "WEBP" and getattr(image, "is_animated", False)),
+        is_fast=image_format in _FAST_OPS and not getattr(image, "is_animated", False),
     )
 
 
 def _is_cut(image_format: str, data: bytes) -> bool:
     """The bytes stop before the format's own end; more behind it is harmless."""
     if image_format == "JPEG":
-        return data.rfind(b"\xff\xd9") < 0
+        return data.rfind(END) < 0
     if image_format == "PNG":
         return data.rfind(_PNG_END) < 0
     if image_format == "WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
-    if image_format == "TIFF":  # the first directory, often written last
-        return len(data) <= int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big")
+    if image_format == "TIFF" and b"*" in data[2:4]:  # its first directory, often written last; + is BigTIFF
+        order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+        directory = int.from_bytes(data[4:8], order)
+        return len(data) < directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], order)
     return False
 
 
@@ -202,7 +215,7 @@ def _decode_fast(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     decoded = _FAST_OPS[header.format](encoded, _RGB_MODE)  # (3, H, W), a view of (H, W, 3)
     pixels: NDArray[np.uint8] = decoded.permute(1, 2, 0).numpy()
-    if header.format == "JPEG" and _ends_in_grey(pixels) and _misses_data(data):
+    if header.format == "JPEG" and lacks_last_block(data, pixels):
         raise DecodeError("truncated", "JPEG: the data ends before the last block, though an end marker follows")
     return oriented(pixels, header.orientation)
 
@@ -211,20 +224,6 @@ def _decode_with_pillow(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
     image = _OPENERS[header.format](BytesIO(data))  # stands at the first frame
     image.load()
     return oriented(to_rgb(image), 1 if header.format == "TIFF" else header.orientation)  # Pillow has turned a TIFF
-
-
-def _ends_in_grey(pixels: NDArray[np.uint8]) -> bool:
-    """The last 8x8 block is luma 128 throughout: what libjpeg puts where the data ran out."""
-    height, width, _ = pixels.shape
-    last_block = pixels[(height - 1) // 8 * 8 :, (width - 1) // 8 * 8 :]
-    return bool((np.abs(last_block @ np.array([0.299, 0.587, 0.114]) - 128) < 1.5).all())
-
-
-def _misses_data(data: bytes) -> bool:
-    """Whether more bits before the end marker would change the picture. A complete one does not look at them."""
-    at = data.rfind(b"\xff\xd9")
-    longer = data[:at] + bytes(range(1, 128)) * 2 + data[at:]
-    return JpegImageFile(BytesIO(data)).tobytes() != JpegImageFile(BytesIO(longer)).tobytes()
 
 
 @contextmanager
@@ -245,7 +244,7 @@ def _reason_of(error: Exception, image_format: str, data: bytes) -> Reason:
     message = str(error).lower()
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return "too_large"
-    ran_out = any(isinstance(e, EOFError | struct.error) for e in (error, error.__cause__))  # Pillow wraps some
+    ran_out = any(isinstance(e, EOFError | IndexError | struct.error) for e in (error, error.__cause__))
     if ran_out or _is_cut(image_format, data) or any(word in message for word in _CUT_WORDS):
         return "truncated"
     return "unsupported" if any(word in message for word in _UNSUPPORTED_WORDS) else "unreadable"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.structures import ImageSize
+from pipeline.decode import DecodeLimits, decode, inspect
 from pipeline.errors import Reason
 
 Outcome = tuple[Literal["ok", "failed"], Reason | None, ImageSize | None]
@@ -44,6 +45,20 @@ def draw_picture() -> Image.Image:
 
 
 PICTURE = draw_picture()
+UPRIGHT: NDArray[np.uint8] = np.asarray(PICTURE)
+LIMITS = DecodeLimits()
+JPEG_LOSS = 8  # levels, by encode_jpeg
+
+
+def read(data: bytes, limits: DecodeLimits = LIMITS) -> NDArray[np.uint8]:
+    """As the pipeline does: inspected, then decoded."""
+    return decode(data, inspect(data, limits))
+
+
+def far(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> int:
+    """The largest difference of two pictures of one size, in levels."""
+    assert first.shape == second.shape
+    return int(np.abs(first.astype(int) - second).max())
 
 
 def make_bad_images(folder: Path) -> dict[str, Outcome]:
