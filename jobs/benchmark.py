@@ -1,0 +1,323 @@
+"""maskline benchmark: ratios against named peers, on the same files, in the same run.
+
+- ``pipeline_vs_ray_data``: everything but the model (a no-op stands in for it on both sides) against Ray Data's
+  ``read_images → map_batches → write_parquet``.
+- ``pipeline_vs_best_ray_data``: the same against the fastest Ray Data pipeline we could write: ``read_binary_files``,
+  torchvision's decoder in ``map_batches``.
+- ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
+
+The start of Ray and of the model is left out on all sides; listing and planning are counted on all.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+import torchvision
+import tyro
+from pipeline.scenes import draw_scene
+from rich.console import Console
+from rich.table import Table
+
+import model
+from jobs.segment import SegmentConfig, load_weights, segment
+from model.structures import Detections, ImageSize
+from pipeline import cluster, decode
+from pipeline.batching import DecodedImage, batches
+from pipeline.errors import ConfigError
+from pipeline.model_thread import Pixels
+
+Part = Literal["pipeline", "end_to_end"]
+
+DRAWN_IMAGES = 100
+"""Distinct images drawn when no folder is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Measure maskline against named peers in one run."""
+
+    parts: tuple[Part, ...] = ("pipeline", "end_to_end")
+    """What to measure."""
+    images: str | None = None
+    """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
+    num_images: int = 5_000
+    """For the pipeline part: the folder's images are linked under new names until there are so many."""
+    num_model_images: int = 40
+    """For the end to end part."""
+    weights: str | None = None
+    """For the end to end part; without it, a random R50-FPN that finds 100 instances in every image."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """For the end to end part."""
+    repeats: int = 3
+    """Of each measurement; the median counts."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing measured."""
+
+    part: str
+    system: str
+    images: int
+    seconds: tuple[float, ...]
+    """Of each repeat."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / statistics.median(self.seconds)
+
+
+class NoOpSegmenter:
+    """Stands where the model would: takes decoded images, finds nothing."""
+
+    batch_size = 16
+
+    def padded_size(self, size: ImageSize) -> ImageSize:
+        return size
+
+    def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+        return images
+
+    def encode(self, raw: Sequence[Pixels], score_threshold: float) -> list[Detections]:
+        return [_no_detections(ImageSize(*image.shape[:2])) for image in raw]
+
+
+def _no_detections(size: ImageSize) -> Detections:
+    return Detections(
+        size=size,
+        boxes=np.zeros((0, 4), np.float32),
+        scores=np.zeros(0, np.float32),
+        category_ids=np.zeros(0, np.int64),
+        categories=[],
+        masks=[],
+        areas=np.zeros(0, np.int64),
+    )
+
+
+def measure_pipeline(folder: Path, work: Path, weights: Path, repeats: int) -> list[Row]:
+    """The no-op pipeline of ours, and of Ray Data in two forms, turn about."""
+    count = sum(1 for _ in folder.iterdir())
+    systems: dict[str, Callable[[Path], float]] = {
+        "maskline": functools.partial(_run_maskline, str(folder), str(weights), NoOpSegmenter, None),
+        "ray data, read_images": functools.partial(_run_ray_data, str(folder), best=False),
+        "ray data, read_binary_files": functools.partial(_run_ray_data, str(folder), best=True),
+    }
+    outputs = (work / f"pipeline-{number}" for number in itertools.count())
+    seconds = _take_turns(systems, outputs, repeats)
+    return [Row(part="pipeline", system=system, images=count, seconds=times) for system, times in seconds.items()]
+
+
+def measure_end_to_end(config: BenchmarkConfig, folder: Path, work: Path, weights: Path) -> list[Row]:
+    """The whole of ours with a real network, and a bare loop of the same network over pixels in memory."""
+    device = cluster.choose_device(config.device, None)
+    precision: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
+    load = functools.partial(load_weights, weights.read_bytes(), weights.name, device, precision)
+    cpus = float(os.cpu_count() or 1)
+    loop = ray.remote(ModelLoop).options(num_cpus=0, num_gpus=0 if device == "cpu" else 1)
+    paths = sorted(folder.iterdir())
+
+    def run_loop(_: Path) -> float:
+        actor = loop.remote(weights.read_bytes(), device, precision, int(cpus), [str(path) for path in paths])
+        seconds: float = ray.get(actor.run.remote())
+        ray.kill(actor)
+        return seconds
+
+    systems: dict[str, Callable[[Path], float]] = {
+        "maskline": functools.partial(_run_maskline, str(folder), str(weights), load, device),
+        "bare model loop": run_loop,
+    }
+    outputs = (work / f"end-to-end-{number}" for number in itertools.count())
+    seconds = _take_turns(systems, outputs, config.repeats)
+    return [
+        Row(part="end to end", system=system, images=len(paths), seconds=times) for system, times in seconds.items()
+    ]
+
+
+class ModelLoop:
+    """The bare loop: images decoded and grouped beforehand, then nothing but ``predict``."""
+
+    def __init__(
+        self, weights: bytes, device: cluster.Device, precision: Literal["fp32", "bf16"], threads: int, paths: list[str]
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.net = model.load(weights, device=device, precision=precision)
+        limits = decode.DecodeLimits()
+        payloads = [Path(path).read_bytes() for path in paths]
+        images = [
+            DecodedImage(
+                index=index, pixels=decode.decode(data, decode.inspect(data, limits)), orientation=1, num_bytes=0
+            )
+            for index, data in enumerate(payloads)
+        ]
+        grouped = batches(
+            images,
+            batch_size=self.net.batch_size,
+            shape_of=lambda image: self.net.padded_size(ImageSize(*image.pixels.shape[:2])),
+            max_waiting_bytes=2**40,
+        )
+        self.batches = [[image.pixels for image in batch] for batch in grouped]
+        self.net.predict(self.batches[0], score_threshold=0.5)  # warm-up
+
+    def run(self) -> float:
+        """Seconds for all batches."""
+        started = time.perf_counter()
+        for batch in self.batches:
+            self.net.predict(batch, score_threshold=0.5)
+        return time.perf_counter() - started
+
+
+def _take_turns(
+    systems: dict[str, Callable[[Path], float]], outputs: Iterator[Path], repeats: int
+) -> dict[str, tuple[float, ...]]:
+    """Each system in turn, so that a slow minute of the machine meets them all."""
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    for _ in range(repeats):
+        for system, run in systems.items():
+            seconds[system].append(run(next(outputs)))
+    return {system: tuple(times) for system, times in seconds.items()}
+
+
+def _run_maskline(
+    folder: str, weights: str, load_segmenter: Callable[[], Any], device: cluster.Device | None, output: Path
+) -> float:
+    config = SegmentConfig(
+        inputs=(folder,), output=str(output), weights=weights, device=device or "cpu", images_per_shard=500
+    )
+    summary = segment(config, load_segmenter)
+    assert summary.images_failed == 0, summary.failed_by_reason
+    return summary.plan_seconds + summary.run_seconds
+
+
+def _run_ray_data(folder: str, output: Path, *, best: bool) -> float:
+    started = time.perf_counter()
+    if best:
+        images = ray.data.read_binary_files(folder, include_paths=True)
+        found = images.map_batches(_decode_then_find_nothing, batch_size=64)
+    else:
+        images = ray.data.read_images(folder, mode="RGB", include_paths=True)
+        found = images.map_batches(_find_nothing, batch_size=64)
+    found.write_parquet(str(output))
+    return time.perf_counter() - started
+
+
+def _find_nothing(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"path": batch["path"], "num_instances": np.zeros(len(batch["image"]), np.int32)}
+
+
+def _decode_then_find_nothing(batch: dict[str, Any]) -> dict[str, Any]:
+    images = [
+        torchvision.io.decode_jpeg(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB
+        )
+        for data in batch["bytes"]
+    ]
+    return {"path": batch["path"], "num_instances": np.zeros(len(images), np.int32)}
+
+
+def _warm_up_ray_data(folder: Path, output: Path) -> None:
+    """Start Ray Data's workers, so that their start is in no figure."""
+    few = output / "few"
+    few.mkdir()
+    for path in itertools.islice(folder.iterdir(), 8):
+        os.link(path, few / path.name)
+    for best in (False, True):
+        _run_ray_data(str(few), output / f"warm-{best}", best=best)
+
+
+def link_images(source: str | None, folder: Path, count: int) -> Path:
+    """A folder of ``count`` JPEGs: those of ``source``, or drawn ones, linked under new names as often as needed."""
+    folder.mkdir(parents=True)
+    originals = _draw_images(folder.parent / "drawn") if source is None else sorted(Path(source).glob("*.jp*g"))
+    if not originals:
+        raise ConfigError(f"{source} holds no .jpg; give --images another folder, or leave it out to have scenes drawn")
+    for number, path in zip(range(count), itertools.cycle(originals)):
+        (folder / f"{number:06d}.jpg").write_bytes(path.read_bytes())
+    return folder
+
+
+def _draw_images(folder: Path) -> list[Path]:
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{seed}.jpg" for seed in range(DRAWN_IMAGES)]
+    for seed, path in enumerate(paths):
+        if not path.exists():
+            Image.fromarray(draw_scene(seed, ImageSize(480, 640)).image).save(path, quality=92)
+    return paths
+
+
+def _ratios(rows: list[Row]) -> dict[str, float]:
+    rates = {(row.part, row.system): row.images_per_second for row in rows}
+    pairs = {
+        "pipeline_vs_ray_data": ("pipeline", "ray data, read_images"),
+        "pipeline_vs_best_ray_data": ("pipeline", "ray data, read_binary_files"),
+        "end_to_end_vs_model_loop": ("end to end", "bare model loop"),
+    }
+    return {
+        name: rates[part, "maskline"] / rates[part, peer]
+        for name, (part, peer) in pairs.items()
+        if (part, peer) in rates
+    }
+
+
+def main(config: BenchmarkConfig) -> None:
+    """The command: measure, and print rates and ratios."""
+    cluster.connect(None)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
+        work = Path(name)
+        weights = _weights(config, work)
+        if "pipeline" in config.parts:
+            folder = link_images(config.images, work / "many", config.num_images)
+            (work / "warm").mkdir()
+            _warm_up_ray_data(folder, work / "warm")
+            rows += measure_pipeline(folder, work, weights, config.repeats)
+        if "end_to_end" in config.parts:
+            folder = link_images(config.images, work / "few", config.num_model_images)
+            rows += measure_end_to_end(config, folder, work, weights)
+    _print(rows, config)
+
+
+def _weights(config: BenchmarkConfig, work: Path) -> Path:
+    if config.weights is not None:
+        return Path(config.weights)
+    path = work / "random-R50-FPN.safetensors"
+    model.save(model.random_network(model.R50_FPN(), seed=0), path)
+    return path
+
+
+def _print(rows: list[Row], config: BenchmarkConfig) -> None:
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, ray {ray.__version__}"
+    table = Table("part", "system", "images", "images/s (median)", "repeats", caption=f"{machine}; {versions}")
+    for row in rows:
+        repeats = " ".join(f"{row.images / seconds:.1f}" for seconds in row.seconds)
+        table.add_row(row.part, row.system, str(row.images), f"{row.images_per_second:.2f}", repeats)
+    Console().print(table)
+    ratios = _ratios(rows)
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}")
+    if config.json:
+        details = [{**vars(row), "images_per_second": row.images_per_second} for row in rows]
+        print(json.dumps({**ratios, "rows": details, "machine": machine, "versions": versions}))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkConfig))

@@ -1,0 +1,119 @@
+"""maskline demo: a small archive is drawn, segmented and shown, offline and on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pds
+import tyro
+from numpy.typing import NDArray
+from PIL import Image
+from pipeline.overlays import contact_sheet, draw_overlay
+from pipeline.scenes import CATEGORIES, write_archive
+from rich.console import Console
+from rich.table import Table
+
+import model
+from jobs.segment import SegmentConfig, segment
+from pipeline import decode
+from pipeline.archive import list_images, read_images
+from pipeline.errors import DecodeError
+from pipeline.results import Results, open_results
+
+SHOWN_INSTANCES = 12
+"""The best of an image that its overlay shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Draw a small archive, segment it, and look at the results."""
+
+    folder: str = "demo"
+    """Where archive, weights, results and overlays go. Run it twice and see that the second run has nothing to do."""
+    num_images: int = 240
+    """Drawn scenes: two thirds loose files, one third in a tar."""
+    num_overlays: int = 8
+    """Images shown with their masks."""
+    seed: int = 0
+    """Of the scenes and of the weights."""
+
+
+def main(config: DemoConfig) -> None:
+    """The command."""
+    folder = Path(config.folder)
+    archive, weights, output = folder / "archive", folder / "weights.safetensors", folder / "results"
+    if not archive.exists():
+        write_archive(archive, num_images=config.num_images, seed=config.seed)
+    if not weights.exists():
+        _write_weights(weights, config.seed)
+    print(f"archive: {archive}, {config.num_images} drawn scenes, loose files and a tar")
+    print(f"weights: {weights}, R18-FPN with seeded random weights: it finds something everywhere and knows nothing")
+    print(f"$ maskline segment {archive} --output {output} --weights {weights}")
+    summary = segment(
+        SegmentConfig(inputs=(str(archive),), output=str(output), weights=str(weights), images_per_shard=60)
+    )
+    if summary.images_planned:
+        print(f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.images_per_second:.1f} images/s")
+    results = open_results(str(output))
+    _print_categories(results)
+    overlays = _write_overlays(archive, results, folder / "overlays", config.num_overlays)
+    print(f"overlays: {len(overlays)} images and a sheet of them in {folder / 'overlays'}")
+    print(f'next: maskline sql {output} "SELECT category, count(*), avg(score) FROM instances GROUP BY 1"')
+
+
+def _write_weights(path: Path, seed: int) -> None:
+    categories = dict(enumerate(CATEGORIES, start=1))
+    net = model.random_network(model.R18_FPN(num_classes=len(CATEGORIES) + 1), seed=seed, categories=categories)
+    model.save(net, path)
+
+
+def _print_categories(results: Results) -> None:
+    rows = results.instances().to_table(columns=["category", "score", "area"])
+    found = rows.group_by("category").aggregate([("score", "count"), ("score", "mean"), ("area", "mean")])
+    table = Table("category", "instances", "mean score", "mean area (pixels)")
+    for row in found.sort_by([("score_count", "descending")]).to_pylist():
+        table.add_row(row["category"], str(row["score_count"]), f"{row['score_mean']:.2f}", f"{row['area_mean']:.0f}")
+    Console().print(table)
+
+
+def _write_overlays(archive: Path, results: Results, folder: Path, count: int) -> list[Path]:
+    """PNGs of the images with the most instances among a sample spread over the archive."""
+    folder.mkdir(exist_ok=True)
+    items = pa.Table.from_batches(list(list_images([str(archive)])))
+    spread = np.linspace(0, items.num_rows - 1, min(count, items.num_rows)).round().astype(int)
+    paths, pictures = [], []
+    for index, pixels in _read(items.take(spread)):
+        key = items["image_key"][int(spread[index])].as_py()
+        instances = results.instances().to_table(filter=pds.field("image_key") == key).to_pylist()
+        pictures.append(_overlay(pixels, instances[:SHOWN_INSTANCES]))
+        paths.append(folder / f"{index:02d}.png")
+        Image.fromarray(pictures[-1]).save(paths[-1])
+    Image.fromarray(contact_sheet(pictures, columns=4)).save(folder / "sheet.png")
+    return paths
+
+
+def _read(items: pa.Table) -> list[tuple[int, NDArray[np.uint8]]]:
+    limits = decode.DecodeLimits()
+    payloads = [(index, data) for index, data in read_images(items) if not isinstance(data, DecodeError)]
+    return [(index, decode.decode(data, decode.inspect(data, limits))) for index, data in payloads]
+
+
+def _overlay(pixels: NDArray[np.uint8], instances: list[dict[str, Any]]) -> NDArray[np.uint8]:
+    boxes = [[row[name] for name in ("x1", "y1", "x2", "y2")] for row in instances]
+    return draw_overlay(
+        pixels,
+        boxes=np.array(boxes, np.float32).reshape(-1, 4),
+        labels=[row["category"] for row in instances],
+        scores=np.array([row["score"] for row in instances], np.float32),
+        masks=[
+            {"size": [row["mask_height"], row["mask_width"]], "counts": row["mask_rle"].encode()} for row in instances
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DemoConfig))

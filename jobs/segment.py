@@ -1,0 +1,268 @@
+"""maskline segment: archives in, committed instance rows out. The same command again does only what is missing."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import model
+from model.weights import WeightsInfo
+from pipeline import cluster, commits, storage
+from pipeline.archive import ArchiveLimits, Listing, list_images
+from pipeline.cluster import Device
+from pipeline.decode import DecodeLimits
+from pipeline.errors import ConfigError
+from pipeline.model_thread import Segmenter
+from pipeline.progress import ProgressView
+from pipeline.results import Results, TableMetadata
+from pipeline.schedule import Schedule, ScheduleConfig
+from pipeline.segment_actor import ActorConfig
+from pipeline.shards import Plan, Shard, ShardConfig
+from pipeline.summary import Summary
+
+NAMED_WEIGHTS = ("coco",)
+"""Names that ``model.load`` knows; anything else is a file or a URI."""
+
+SUSPECT_AFTER_ATTEMPTS = 2
+"""A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """Segment every image of one or more archives into a results table."""
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """A folder or prefix, a glob, .tar, .tar.gz, .zip, .parquet with encoded bytes, or a .txt/.csv/.parquet manifest of
+    URIs; local, s3://, gs:// or az://."""
+    output: str
+    """The results table's root: a folder or a URI. The same table again is how a run resumes."""
+    weights: str
+    """A weights file or its URI, or the name coco."""
+    score_threshold: float = 0.5
+    """Detections below it are not written."""
+    images_per_shard: int = ShardConfig.images_per_shard
+    """The unit of work, of retry and of commit."""
+    actors: str = "auto"
+    """N, MIN:MAX, or auto: one for each GPU (or for each node without GPUs)."""
+    cpus_per_actor: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
+    """CPUs an actor asks of Ray and uses; by default its share of a node."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes GPUs where the cluster has any."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the model's trunk and heads; boxes are always float32. auto is bf16 on cuda, fp32 on a CPU."""
+    max_images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Do no more than this many images in this run."""
+    max_image_pixels: int = DecodeLimits.max_image_pixels
+    """Larger images become failed rows, reason too_large, before they are decoded."""
+    retry_failed: bool = False
+    """Do images again whose row says failed."""
+    address: str | None = None
+    """A Ray cluster's address; by default RAY_ADDRESS, else a local one is started for the run."""
+    dry_run: bool = False
+    """Show the plan and stop."""
+    json: bool = False
+    """Print one JSON object as the last line of standard output."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ConfigError("no input given; name a folder, an archive or a manifest")
+        if not 0 <= self.score_threshold < 1:
+            raise ConfigError(f"score_threshold must lie in [0, 1), got {self.score_threshold}")
+        parse_actors(self.actors)
+        self.shard_config()
+        self.decode_limits()
+
+    def shard_config(self) -> ShardConfig:
+        return ShardConfig(
+            images_per_shard=self.images_per_shard, max_images=self.max_images, retry_failed=self.retry_failed
+        )
+
+    def decode_limits(self) -> DecodeLimits:
+        return DecodeLimits(max_image_pixels=self.max_image_pixels)
+
+
+def parse_actors(actors: str) -> tuple[int, int] | None:
+    """``N`` or ``MIN:MAX`` as bounds; None for auto."""
+    if actors == "auto":
+        return None
+    parts = actors.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"actors must be N, MIN:MAX or auto, got {actors!r}")
+    low, high = int(parts[0]), int(parts[-1])
+    ScheduleConfig(min_actors=low, max_actors=high)
+    return low, high
+
+
+def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | None = None) -> Summary:
+    """Run it. ``load_segmenter`` takes the place of the weights' own model (benchmarks use it).
+
+    Raises:
+        ConfigError: the request is wrong; nothing was started.
+        ShardError: some shard has no committed rows; the message says how to go on.
+    """
+    started = time.monotonic()
+    device = cluster.choose_device(config.device, config.address)
+    precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    weights, info = read_weights(config.weights)
+    metadata = describe_table(config, info, precision)
+    plan_started = time.monotonic()
+    listing = Listing()
+    with Plan(
+        list_images(config.inputs, exclude=config.output, listing=listing),
+        Results(config.output, commits.read_table(config.output)),
+        weights_sha256=info.sha256,
+        settings_hash=metadata.settings_hash,
+        config=config.shard_config(),
+    ) as plan:
+        summary = Summary.of_plan(plan, config.output)
+        summary.plan_seconds = time.monotonic() - plan_started
+        _print_plan(plan, listing, config)
+        if config.dry_run or plan.num_images == 0:
+            summary.seconds = time.monotonic() - started
+            return summary
+        commits.create_table(config.output)
+        load = load_segmenter or functools.partial(load_weights, weights, info.name, device, precision)
+        _run_plan(config, plan, summary, metadata, load, device)
+        summary.seconds = time.monotonic() - started
+        storage.write_bytes(
+            storage.join(config.output, "_runs", f"{summary.run_id}.json"),
+            json.dumps(asdict(summary), indent=1).encode(),
+        )
+    summary.raise_if_incomplete()
+    return summary
+
+
+def _run_plan(
+    config: SegmentConfig,
+    plan: Plan,
+    summary: Summary,
+    metadata: TableMetadata,
+    load_segmenter: Callable[[], Segmenter],
+    device: Device,
+) -> None:
+    cluster.connect(config.address)
+    shape = cluster.actor_shape(device)
+    cpus = config.cpus_per_actor or shape.cpus
+    bounds = parse_actors(config.actors) or (1, max(1, shape.room))
+    exclusive = storage.honours_create_exclusive(config.output)
+    if not exclusive:
+        print(f"note: {config.output} does not honour create-only writes: the last writer wins", file=sys.stderr)
+    schedule = Schedule(
+        plan.shards(),
+        plan.num_shards,
+        load_segmenter,
+        ActorConfig(
+            output=config.output,
+            run_id=summary.run_id,
+            score_threshold=config.score_threshold,
+            metadata=metadata,
+            exclusive_commits=exclusive,
+            decode_limits=config.decode_limits(),
+            decode_threads=max(2, int(cpus)),
+        ),
+        ScheduleConfig(min_actors=bounds[0], max_actors=bounds[1], gpus_per_actor=shape.gpus, cpus_per_actor=cpus),
+        is_suspect=functools.partial(_died_before, config.output),
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, functools.partial(_request_stop, stop))
+    with ProgressView(plan.num_images, plan.num_shards) as view:
+        result = schedule.run(view, stop)
+    summary.fill(result)
+
+
+def _died_before(output: str, shard: Shard) -> bool:
+    return commits.count_attempts(output, shard.shard_id) >= SUSPECT_AFTER_ATTEMPTS
+
+
+def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
+    if stop.is_set():
+        raise KeyboardInterrupt
+    print(f"{signal.Signals(number).name}: finishing what is under way; once more to stop at once", file=sys.stderr)
+    stop.set()
+
+
+def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
+    """The weights' bytes (a name stays a name) and what they are.
+
+    Raises:
+        ConfigError: there is no such file, or it is not weights that this model understands.
+    """
+    try:
+        weights: str | bytes = source if source in NAMED_WEIGHTS else storage.read_bytes(source)
+        return weights, model.describe(weights, name=source if isinstance(weights, str) else source.rsplit("/", 1)[-1])
+    except FileNotFoundError as error:
+        names = ", ".join(NAMED_WEIGHTS)
+        raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
+    except ValueError as error:
+        raise ConfigError(f"weights {source}: {error}") from error
+
+
+def load_weights(weights: str | bytes, name: str, device: Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
+    """In an actor: the model on its device, with the actor's own share of threads."""
+    import ray
+    import torch
+
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
+    return model.load(weights, device=device, precision=precision, name=name)
+
+
+def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> TableMetadata:
+    """What rows were made with. Its hash tells the rows of these settings from others."""
+    settings: dict[str, Any] = {
+        "score_threshold": config.score_threshold,
+        "precision": precision,
+        "decode_limits": asdict(config.decode_limits()),
+        "archive_limits": asdict(ArchiveLimits()),
+    }
+    return TableMetadata(
+        weights_name=info.name,
+        weights_sha256=info.sha256,
+        settings_hash=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        settings=settings,
+        categories=info.categories,
+    )
+
+
+def _print_plan(plan: Plan, listing: Listing, config: SegmentConfig) -> None:
+    megabytes = plan.num_bytes / 1e6
+    print(
+        f"{plan.images_listed} images listed, {plan.images_done} already done, {plan.num_images} to do"
+        f" ({megabytes:.1f} MB) in {plan.num_shards} shards → {storage.public_uri(config.output)}",
+        file=sys.stderr,
+    )
+    if listing.skipped:
+        kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in listing.skipped.items())
+        print(f"skipped as not images: {kinds}", file=sys.stderr)
+
+
+def main(config: SegmentConfig) -> None:
+    """The command: run, and say what came of it."""
+    summary = segment(config)
+    if config.json:
+        print(json.dumps(asdict(summary)))
+        return
+    if config.dry_run:
+        print("dry run: nothing was started")
+        return
+    print(
+        f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.instances} instances in"
+        f" {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s) → {summary.output}"
+    )
+    for reason, count in sorted(summary.failed_by_reason.items()):
+        print(f"  failed, {reason}: {count}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SegmentConfig))

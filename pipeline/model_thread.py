@@ -1,0 +1,105 @@
+"""The one thread that owns the device: batches in by urgency, detections out as futures.
+
+Two shards of one actor share it. Batches of the earlier shard go first and the later one fills the gaps, which hides
+the edge between two shards. Encoding (paste, run lengths) runs on a thread beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import PriorityQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.structures import Detections, ImageSize
+
+logger = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+
+
+class Segmenter(Protocol):
+    """What an actor needs of a model. ``model.MaskRCNN`` is one."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one padded size in a batch."""
+
+    def padded_size(self, size: ImageSize) -> ImageSize:
+        """The input size of an image; images of one batch share it."""
+
+    def detect(self, images: Sequence[Pixels], score_threshold: float) -> Any:
+        """The device's part: pixels (H, W, 3) uint8 in, something that ``encode`` takes out."""
+
+    def encode(self, raw: Any, score_threshold: float) -> list[Detections]:
+        """The host's part, one Detections for each image."""
+
+
+class ModelThread:
+    """Runs a segmenter's ``detect`` on one thread and its ``encode`` on another."""
+
+    def __init__(self, segmenter: Segmenter, score_threshold: float) -> None:
+        self.segmenter = segmenter
+        self.busy_seconds = 0.0
+        """Spent inside ``detect``."""
+        self.num_halvings = 0
+        """How often a batch was halved for want of device memory."""
+        self._score_threshold = score_threshold
+        self._max_batch: dict[ImageSize, int] = {}
+        self._queue: PriorityQueue[tuple[int, int, Sequence[Pixels], Future[list[Detections]]]] = PriorityQueue()
+        self._sequence = itertools.count()
+        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        threading.Thread(target=self._run, name="model", daemon=True).start()
+
+    def submit(self, urgency: int, images: Sequence[Pixels]) -> Future[list[Detections]]:
+        """Queue one batch of one padded size. A lower ``urgency`` goes first, then the order of arrival."""
+        future: Future[list[Detections]] = Future()
+        self._queue.put((urgency, next(self._sequence), images, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            _, _, images, future = self._queue.get()
+            started = time.perf_counter()
+            try:
+                parts = self._detect(images)
+            except BaseException as error:  # it belongs to whoever waits for the batch
+                future.set_exception(error)
+            else:
+                self._encoders.submit(self._encode, parts, future)
+            self.busy_seconds += time.perf_counter() - started
+
+    def _detect(self, images: Sequence[Pixels]) -> list[Any]:
+        """Detect in as few parts as device memory allows, remembering how many that were for this size."""
+        size = self.segmenter.padded_size(ImageSize(*images[0].shape[:2]))
+        limit = self._max_batch.get(size, len(images))
+        if len(images) > limit:
+            return [
+                part for start in range(0, len(images), limit) for part in self._detect(images[start : start + limit])
+            ]
+        try:
+            return [self.segmenter.detect(images, self._score_threshold)]
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        self._max_batch[size] = len(images) // 2
+        self.num_halvings += 1
+        logger.warning("out of device memory, batch halved size=%s images=%d", size, len(images) // 2)
+        torch.cuda.empty_cache()
+        return self._detect(images)
+
+    def _encode(self, parts: list[Any], future: Future[list[Detections]]) -> None:
+        try:
+            found = [self.segmenter.encode(part, self._score_threshold) for part in parts]
+        except BaseException as error:  # as above
+            future.set_exception(error)
+        else:
+            future.set_result([detections for part in found for detections in part])

@@ -1,0 +1,306 @@
+"""One actor: shards in, commits out. fetch → decode → batch → model → encode → Parquet → commit, all in one process.
+
+Two shards may be under way at once: the later one is fetched and decoded while the model finishes the earlier one.
+No pixels leave the process, and whatever waits is bounded in bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.structures import Detections, ImageSize
+from pipeline import commits, decode, results
+from pipeline.archive import ArchiveLimits, read_images
+from pipeline.batching import DecodedImage, batches
+from pipeline.commits import Commit
+from pipeline.decode import DecodeLimits, ImageHeader
+from pipeline.errors import DecodeError
+from pipeline.isolated_decoder import Decode, IsolatedDecoder
+from pipeline.model_thread import ModelThread, Segmenter
+from pipeline.results import ShardRows, TableMetadata
+from pipeline.shards import Shard
+
+logger = logging.getLogger(__name__)
+
+BATCHES_IN_FLIGHT = 2
+"""One in the model, one ready behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """What an actor needs beside its model."""
+
+    output: str
+    """The results table's root."""
+    run_id: str
+    score_threshold: float
+    metadata: TableMetadata
+    exclusive_commits: bool = True
+    """The store honours create-only."""
+    archive_limits: ArchiveLimits = field(default_factory=ArchiveLimits)
+    decode_limits: DecodeLimits = field(default_factory=DecodeLimits)
+    decode: Decode = decode.decode
+    """A module-level function."""
+    fetch_threads: int = 8
+    decode_threads: int = 2
+    max_decoded_bytes: int = 512 * 1024**2
+    """Pixels of one shard that may wait before the model."""
+    decode_timeout_seconds: float = 60.0
+    """In suspect mode, where a decoder can be ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at one shard."""
+
+    attempt_id: str
+    urgency: int
+    """The shard's place in the plan: of two shards in one actor the lower one has the model first."""
+    suspect: bool = False
+    """An earlier attempt killed its worker: decode in a child process, one image at a time."""
+
+
+@dataclass(kw_only=True)
+class StageSeconds:
+    """Where a shard's time went, in seconds of waiting of the shard's own thread."""
+
+    fetch: float = 0.0
+    decode: float = 0.0
+    model: float = 0.0
+    commit: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorProgress:
+    """How far an actor is, between two outcomes."""
+
+    images_under_way: int = 0
+    """Rows ready of shards that are not committed yet."""
+    images_total: int = 0
+    """Rows made since the actor began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOutcome:
+    """What became of one attempt. All its rows are committed, by it or by another."""
+
+    shard_id: str
+    commit: Literal["won", "lost", "found"]
+    """``found``: the commit was there before the attempt began."""
+    images: int
+    failed_by_reason: dict[str, int]
+    instances: int
+    seconds: float
+    stages: StageSeconds
+
+
+class SegmentActor:
+    """Holds a model and segments shards. A plain class: Ray wraps it in ``pipeline/schedule.py``."""
+
+    def __init__(self, load_segmenter: Callable[[], Segmenter], config: ActorConfig) -> None:
+        self.config = config
+        self._load_segmenter = load_segmenter
+        self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
+        self._progress = ActorProgress()
+        self._lock = threading.Lock()
+
+    def ready(self) -> int:
+        """Load the model, and answer with the process id. Called once, before any shard."""
+        self._model = ModelThread(self._load_segmenter(), self.config.score_threshold)
+        return os.getpid()
+
+    def progress(self) -> ActorProgress:
+        """How far it is."""
+        return self._progress
+
+    def segment(self, shard: Shard, attempt: Attempt) -> ShardOutcome:
+        """Segment one shard and commit its rows.
+
+        Raises:
+            CommitError: the store did not take the commit. Errors of the store that outlive their retries pass through.
+        """
+        started = time.perf_counter()
+        found = commits.read_commit(self.config.output, shard.shard_id)
+        if found is not None:
+            return ShardOutcome(
+                shard_id=shard.shard_id,
+                commit="found",
+                images=found.images,
+                failed_by_reason=found.failed_by_reason,
+                instances=found.instances,
+                seconds=time.perf_counter() - started,
+                stages=StageSeconds(),
+            )
+        commits.begin_attempt(
+            self.config.output,
+            shard.shard_id,
+            attempt.attempt_id,
+            run_id=self.config.run_id,
+            host=socket.gethostname(),
+            suspect=attempt.suspect,
+        )
+        rows = ShardRows(shard.items, shard.shard_id, self.config.run_id)
+        stages = StageSeconds()
+        try:
+            self._fill(rows, attempt, stages)
+            commit_started = time.perf_counter()
+            outcome = self._publish(rows, shard, attempt)
+            stages.commit = time.perf_counter() - commit_started
+        finally:
+            self._count(-len(rows.images), made=0)
+        return ShardOutcome(
+            shard_id=shard.shard_id,
+            commit=outcome,
+            images=shard.num_images,
+            failed_by_reason=rows.failed_by_reason(),
+            instances=rows.num_instances,
+            seconds=time.perf_counter() - started,
+            stages=stages,
+        )
+
+    def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
+        """Give every item of the shard its row."""
+        config, segmenter = self.config, self._model.segmenter
+        payloads = _timed(
+            read_images(rows.items, limits=config.archive_limits, threads=config.fetch_threads), stages, "fetch"
+        )
+        decoded = self._decode_isolated(payloads, rows) if attempt.suspect else self._decode(payloads, rows, stages)
+        batched = batches(
+            decoded,
+            batch_size=1 if attempt.suspect else segmenter.batch_size,
+            shape_of=lambda image: segmenter.padded_size(ImageSize(*image.pixels.shape[:2])),
+            max_waiting_bytes=config.max_decoded_bytes // 2,
+        )
+        in_flight: deque[tuple[list[DecodedImage], Future[list[Detections]]]] = deque()
+        for batch in batched:
+            in_flight.append((batch, self._model.submit(attempt.urgency, [image.pixels for image in batch])))
+            if len(in_flight) > BATCHES_IN_FLIGHT:
+                self._collect(*in_flight.popleft(), rows, stages)
+        while in_flight:
+            self._collect(*in_flight.popleft(), rows, stages)
+
+    def _decode(
+        self, payloads: Iterable[tuple[int, bytes | DecodeError]], rows: ShardRows, stages: StageSeconds
+    ) -> Iterator[DecodedImage]:
+        """Decode on threads, in order, in a window bounded by the bytes of its pixels. Bad images become rows here."""
+        window: deque[tuple[int, int, ImageHeader, Future[NDArray[np.uint8]]]] = deque()
+        window_bytes = 0
+        max_images = 2 * self._model.segmenter.batch_size + 2 * self.config.decode_threads
+        for index, data in itertools.chain(payloads, _END):
+            if data is not None:
+                try:
+                    if isinstance(data, DecodeError):
+                        raise data
+                    header = decode.inspect(data, self.config.decode_limits)
+                except DecodeError as error:
+                    self._add_failed(rows, index, error, data)
+                    continue
+                window.append((index, len(data), header, self._decoders.submit(self.config.decode, data, header)))
+                window_bytes += _decoded_bytes(header)
+            while window and (data is None or window_bytes > self.config.max_decoded_bytes or len(window) > max_images):
+                first, num_bytes, header, future = window.popleft()
+                window_bytes -= _decoded_bytes(header)
+                waited = time.perf_counter()
+                error = future.exception()
+                stages.decode += time.perf_counter() - waited
+                if isinstance(error, DecodeError):
+                    self._add_failed(rows, first, error, num_bytes)
+                    continue
+                pixels = future.result()
+                yield DecodedImage(index=first, pixels=pixels, orientation=header.orientation, num_bytes=num_bytes)
+
+    def _decode_isolated(
+        self, payloads: Iterable[tuple[int, bytes | DecodeError]], rows: ShardRows
+    ) -> Iterator[DecodedImage]:
+        """Decode one image at a time in a child process."""
+        config = self.config
+        with IsolatedDecoder(
+            config.decode, config.decode_limits, timeout_seconds=config.decode_timeout_seconds
+        ) as child:
+            for index, data in payloads:
+                try:
+                    if isinstance(data, DecodeError):
+                        raise data
+                    pixels, orientation = child.decode(data)
+                except DecodeError as error:
+                    self._add_failed(rows, index, error, data)
+                else:
+                    yield DecodedImage(index=index, pixels=pixels, orientation=orientation, num_bytes=len(data))
+
+    def _collect(
+        self, batch: list[DecodedImage], future: Future[list[Detections]], rows: ShardRows, stages: StageSeconds
+    ) -> None:
+        waited = time.perf_counter()
+        for image, detections in zip(batch, future.result(), strict=True):
+            size = ImageSize(*image.pixels.shape[:2])
+            rows.add_ok(image.index, size, image.orientation, image.num_bytes, detections)
+        stages.model += time.perf_counter() - waited
+        self._count(len(batch), made=len(batch))
+
+    def _add_failed(self, rows: ShardRows, index: int, error: DecodeError, data: bytes | DecodeError | int) -> None:
+        num_bytes = len(data) if isinstance(data, bytes) else data if isinstance(data, int) else None
+        rows.add_failed(index, error, num_bytes)
+        self._count(1, made=1)
+
+    def _publish(self, rows: ShardRows, shard: Shard, attempt: Attempt) -> Literal["won", "lost"]:
+        config = self.config
+        file_name = f"{shard.shard_id}-{attempt.attempt_id}"
+        tables = rows.tables()
+        files = tuple(
+            results.write_table(config.output, name, tables[name], file_name, config.metadata, config.run_id)
+            for name in ("images", "instances")
+        )
+        commit = Commit(
+            shard_id=shard.shard_id,
+            attempt_id=attempt.attempt_id,
+            run_id=config.run_id,
+            weights_sha256=config.metadata.weights_sha256,
+            settings_hash=config.metadata.settings_hash,
+            inputs_hash=shard.inputs_hash,
+            images=shard.num_images,
+            failed_by_reason=rows.failed_by_reason(),
+            instances=rows.num_instances,
+            files=files,
+        )
+        return commits.publish(config.output, commit, exclusive=config.exclusive_commits)
+
+    def _count(self, under_way: int, *, made: int) -> None:
+        with self._lock:
+            before = self._progress
+            self._progress = ActorProgress(
+                images_under_way=before.images_under_way + under_way, images_total=before.images_total + made
+            )
+
+
+def _decoded_bytes(header: ImageHeader) -> int:
+    height, width = header.oriented_size
+    return 3 * height * width
+
+
+_END: tuple[tuple[int, None]] = ((-1, None),)
+"""Ends the payloads, so that the decode window drains by the same lines that fill it."""
+
+
+def _timed(
+    payloads: Iterator[tuple[int, bytes | DecodeError]], stages: StageSeconds, stage: Literal["fetch"]
+) -> Iterator[tuple[int, bytes | DecodeError]]:
+    while True:
+        started = time.perf_counter()
+        item = next(payloads, None)
+        setattr(stages, stage, getattr(stages, stage) + time.perf_counter() - started)
+        if item is None:
+            return
+        yield item

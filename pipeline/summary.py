@@ -1,0 +1,98 @@
+"""What a run did, in numbers: printed by ``--json``, kept in ``_runs/<run>.json``."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+
+from pipeline import storage
+from pipeline.errors import ShardError
+from pipeline.schedule import ScheduleResult
+from pipeline.shards import Plan
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What a run did. Printed by ``--json`` and kept in ``_runs/<run>.json``."""
+
+    run_id: str
+    output: str
+    images_listed: int
+    images_already_done: int
+    images_planned: int
+    images_ok: int = 0
+    images_failed: int = 0
+    failed_by_reason: dict[str, int] = field(default_factory=dict)
+    instances: int = 0
+    shards_planned: int = 0
+    shards_committed: int = 0
+    shards_skipped: int = 0
+    shards_failed: dict[str, str] = field(default_factory=dict)
+    retries: int = 0
+    actor_deaths: int = 0
+    seconds: float = 0.0
+    """Of the whole run, from listing to the last commit."""
+    plan_seconds: float = 0.0
+    """Of listing and planning."""
+    run_seconds: float = 0.0
+    """From the first shard handed out to the last commit: the start of Ray and of the model left out."""
+    images_per_second: float = 0.0
+    """Images of this run over ``run_seconds``."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """What shards waited for, summed over shards."""
+    stopped: bool = False
+
+    @staticmethod
+    def of_plan(plan: Plan, output: str) -> Summary:
+        """A new run's summary, with its id, before anything was done."""
+        now = datetime.now(UTC)
+        return Summary(
+            run_id=f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03d}-{secrets.token_hex(3)}",
+            output=storage.public_uri(output),
+            images_listed=plan.images_listed,
+            images_already_done=plan.images_done,
+            images_planned=plan.num_images,
+            shards_planned=plan.num_shards,
+            shards_skipped=plan.shards_skipped,
+        )
+
+    def fill(self, result: ScheduleResult) -> None:
+        """Take in how the schedule went."""
+        failed: Counter[str] = Counter()
+        stages: Counter[str] = Counter()
+        for outcome in result.outcomes:
+            failed.update(outcome.failed_by_reason)
+            stages.update(asdict(outcome.stages))
+        images = sum(outcome.images for outcome in result.outcomes)
+        self.failed_by_reason = dict(failed)
+        self.images_failed = failed.total()
+        self.images_ok = images - failed.total()
+        self.instances = sum(outcome.instances for outcome in result.outcomes)
+        self.shards_committed = len(result.outcomes)
+        self.shards_failed = result.given_up
+        self.retries, self.actor_deaths = result.num_retries, result.num_actor_deaths
+        self.stopped = result.stopped
+        self.stage_seconds = {stage: round(seconds, 3) for stage, seconds in stages.items()}
+        self.run_seconds = result.seconds
+        self.images_per_second = images / result.seconds if result.seconds else 0.0
+
+    def raise_if_incomplete(self) -> None:
+        """
+        Raises:
+            ShardError: a planned shard has no commit; the message names it and says how to go on.
+        """
+        missing = self.shards_planned - self.shards_committed
+        if missing <= 0:
+            return
+        if self.shards_failed:
+            shard_id, error = next(iter(self.shards_failed.items()))
+            raise ShardError(
+                f"{len(self.shards_failed)} of {self.shards_planned} shards have no committed rows; the first is "
+                f"{shard_id}, after its last attempt: {error}. The rest is committed; the same command tries them again"
+            )
+        raise ShardError(
+            f"stopped with {missing} of {self.shards_planned} shards to do. What is committed stays; "
+            "the same command does the rest"
+        )

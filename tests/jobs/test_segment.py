@@ -1,0 +1,169 @@
+"""maskline segment as a user runs it: the command, real weights' layout, a real local Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pipeline.scenes import write_archive
+from pycocotools import mask as coco_mask
+
+import model
+from pipeline.results import open_results
+from tests.pipeline.bad_images import make_bad_images
+
+
+def maskline(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def last_json(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    model.save(model.random_network(model.R18_FPN(num_classes=6, min_size=96, max_size=160), seed=0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    write_archive(folder, num_images=18, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(archive: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("results") / "out"
+    run = maskline("segment", archive, "--output", output, "--weights", weights, "--images-per-shard", 5, "--json")
+    return output, last_json(run)
+
+
+def test_every_image_has_its_row_and_every_mask_its_size(table: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = table
+    results = open_results(str(output))
+    images, instances = results.images().to_table().to_pylist(), results.instances().to_table().to_pylist()
+    assert len(images) == len({row["image_key"] for row in images}) == 18 == summary["images_ok"]
+    assert sum(row["num_instances"] for row in images) == len(instances) == summary["instances"] > 0
+    assert (summary["images_planned"], summary["images_failed"], summary["shards_committed"]) == (18, 0, 4)
+    assert any(".tar#" in row["image_key"] for row in images)
+    sizes = {row["image_key"]: (row["height"], row["width"]) for row in images}
+    for row in instances:
+        mask = coco_mask.decode({"size": [row["mask_height"], row["mask_width"]], "counts": row["mask_rle"].encode()})
+        assert mask.shape == sizes[row["image_key"]]
+        assert mask.sum() == row["area"]
+        assert row["score"] >= 0.5
+    assert json.loads((output / "_runs" / f"{summary['run_id']}.json").read_text())["instances"] == len(instances)
+
+
+def test_the_table_holds_what_predict_finds(table: tuple[Path, dict[str, Any]], archive: Path, weights: Path) -> None:
+    from pipeline import decode
+
+    output, _ = table
+    net = model.load(weights)
+    path = sorted(archive.rglob("*.jpg"))[0]
+    data = path.read_bytes()
+    pixels = decode.decode(data, decode.inspect(data, decode.DecodeLimits()))
+    (expected,) = net.predict([pixels], score_threshold=0.5)
+    rows = open_results(str(output)).instances().to_table().to_pylist()
+    found = [row for row in rows if row["image_key"] == str(path)]
+    assert [row["category_id"] for row in found] == expected.category_ids.tolist()
+    np.testing.assert_allclose([row["score"] for row in found], expected.scores, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array([[row[name] for name in ("x1", "y1", "x2", "y2")] for row in found]).reshape(-1, 4),
+        expected.boxes,
+        atol=1e-3,
+    )
+
+
+def test_the_same_command_again_plans_nothing_and_new_images_only_add(
+    table: tuple[Path, dict[str, Any]], archive: Path, weights: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(table[0], tmp_path / "out")
+    grown = shutil.copytree(archive, tmp_path / "grown")
+    arguments = ("--output", output, "--weights", weights, "--images-per-shard", 5, "--json")
+    again = last_json(maskline("segment", archive, *arguments))
+    assert (again["images_planned"], again["images_already_done"]) == (0, 18)
+    for path in sorted(archive.rglob("*.jpg"))[:3]:
+        shutil.copy(path, grown / f"new-{path.name}")
+    more = last_json(maskline("segment", archive, *sorted(grown.glob("new-*")), *arguments))
+    assert (more["images_planned"], more["images_ok"]) == (3, 3)
+    assert open_results(str(output)).images().count_rows() == 21
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(archive: Path, weights: Path, tmp_path: Path) -> None:
+    run = maskline("segment", archive, "--output", tmp_path / "out", "--weights", weights, "--dry-run", "--json")
+    assert last_json(run)["images_planned"] == 18
+    assert "18 images listed, 0 already done, 18 to do" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_leave_rows_with_their_reasons(weights: Path, tmp_path: Path) -> None:
+    expected = make_bad_images(tmp_path / "bad")
+    run = maskline("segment", str(tmp_path / "bad" / "*"), "--output", tmp_path / "out", "--weights", weights, "--json")
+    summary = last_json(run)
+    rows = open_results(str(tmp_path / "out")).images().to_table().to_pylist()
+    found = {Path(row["image_key"]).name: (row["status"], row["reason"]) for row in rows}
+    assert found == {name: (status, reason) for name, (status, reason, _) in expected.items()}
+    assert summary["images_failed"] == sum(status == "failed" for status, _ in found.values())
+    for row in rows:
+        size = expected[Path(row["image_key"]).name][2]
+        if row["status"] == "ok" and size is not None:
+            assert (row["height"], row["width"]) == tuple(size)
+
+
+def test_sql_answers_and_refuses_in_words(table: tuple[Path, dict[str, Any]]) -> None:
+    run = maskline("sql", table[0], "SELECT status, count(*) AS n FROM images GROUP BY 1", "--json")
+    assert last_json(run) == {"status": "ok", "n": 18}
+    refused = maskline("sql", table[0], "SELECT nonsense FROM images")
+    assert refused.returncode == 2
+    assert "the query was not accepted" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "--output", "OUT", "--weights", "WEIGHTS"), "nowhere"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "missing.pth"), "no weights at missing.pth"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "ARCHIVE/README.txt"), "weights"),
+        (
+            ("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--score-threshold", "2"),
+            "score_threshold must lie in",
+        ),
+        (("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--actors", "4:2"), "got 4:2"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--actors", "many"), "got 'many'"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--images-per-shard", "0"), "at least 1, got 0"),
+    ],
+)
+def test_a_wrong_request_exits_2_and_starts_nothing(
+    arguments: tuple[str, ...], message: str, archive: Path, weights: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "README.txt").write_text("not weights")
+    places = {
+        "ARCHIVE/README.txt": tmp_path / "README.txt",
+        "ARCHIVE": archive,
+        "WEIGHTS": weights,
+        "OUT": tmp_path / "out",
+    }
+    run = maskline("segment", *(places.get(argument, argument) for argument in arguments))
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,235 @@
+"""The schedule on a real local Ray, with real deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from pipeline import cluster, commits
+from pipeline.archive import list_images
+from pipeline.decode import decode
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.isolated_decoder import Decode
+from pipeline.model_thread import Segmenter
+from pipeline.results import Results, TableMetadata, open_results
+from pipeline.schedule import Schedule, ScheduleConfig, ScheduleResult, Tick
+from pipeline.segment_actor import ActorConfig
+from pipeline.shards import Plan, ShardConfig
+from tests.pipeline.poison import HANGS, KILLS, decode_poisoned
+from tests.reference import processes
+from tests.reference.tiny_segmenter import load_broken, load_slow, load_tiny
+
+METADATA = TableMetadata(weights_name="t", weights_sha256="1", settings_hash="2", settings={}, categories={1: "bright"})
+NUM_IMAGES = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    cluster.connect(None)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    pixels = np.random.default_rng(0)
+    for index in range(NUM_IMAGES):
+        Image.fromarray(pixels.integers(0, 255, (20, 30, 3), np.uint8)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def run(
+    archive: Path,
+    output: Path,
+    *,
+    load: Callable[[], Segmenter] = load_tiny,
+    decoder: Decode = decode,
+    on_tick: Callable[[Tick], None] = lambda _: None,
+    stop: threading.Event | None = None,
+    run_id: str = "r1",
+    suspect: bool = False,
+    actors: int = 1,
+    images_per_shard: int = 4,
+    stall_timeout_seconds: float = 600.0,
+) -> ScheduleResult:
+    plan = Plan(
+        list_images([str(archive)]),
+        Results(str(output), commits.read_table(str(output))),
+        weights_sha256="1",
+        settings_hash="2",
+        config=ShardConfig(images_per_shard=images_per_shard),
+    )
+    commits.create_table(str(output))
+    actor_config = ActorConfig(
+        output=str(output),
+        run_id=run_id,
+        score_threshold=0.0,
+        metadata=METADATA,
+        decode=decoder,
+        decode_timeout_seconds=3.0,
+    )
+    schedule = Schedule(
+        plan.shards(),
+        plan.num_shards,
+        load,
+        actor_config,
+        ScheduleConfig(
+            max_actors=actors, cpus_per_actor=0.5, grace_seconds=10, stall_timeout_seconds=stall_timeout_seconds
+        ),
+        is_suspect=lambda _: suspect,
+    )
+    with plan:
+        return schedule.run(on_tick, stop or threading.Event())
+
+
+def keys_of(output: Path) -> list[str]:
+    rows = open_results(str(output)).images().to_table().to_pylist()
+    assert sum(row["num_instances"] for row in rows) == open_results(str(output)).instances().count_rows()
+    return sorted(Path(row["image_key"]).name for row in rows)
+
+
+ALL_KEYS = [f"{index:02d}.png" for index in range(NUM_IMAGES)]
+
+
+def signal_one_actor(number: signal.Signals) -> Callable[[Tick], None]:
+    """On the first tick with finished images, sends a signal to one actor process, once."""
+    sent: list[int] = []
+
+    def on_tick(tick: Tick) -> None:
+        if tick.images_done and not sent:
+            sent.append(processes.named("ray::SegmentActor")[0])
+            os.kill(sent[0], number)
+
+    return on_tick
+
+
+def test_every_image_gets_one_row(archive: Path, tmp_path: Path) -> None:
+    result = run(archive, tmp_path / "out", actors=2)
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+    assert sorted(outcome.commit for outcome in result.outcomes) == ["won"] * 6
+    assert result.num_retries == result.num_actor_deaths == 0
+
+
+def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_doubled(archive: Path, tmp_path: Path) -> None:
+    result = run(archive, tmp_path / "out", load=load_slow, on_tick=signal_one_actor(signal.SIGKILL))
+    assert result.num_actor_deaths == 1
+    assert not result.given_up
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+def test_a_frozen_actor_s_shards_go_to_another(archive: Path, tmp_path: Path) -> None:
+    result = run(
+        archive,
+        tmp_path / "out",
+        load=load_slow,
+        actors=2,
+        on_tick=signal_one_actor(signal.SIGSTOP),
+        stall_timeout_seconds=3.0,
+    )
+    assert result.num_retries >= 1
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+def test_a_poison_image_costs_one_row(archive: Path, tmp_path: Path) -> None:
+    with (archive / "05.png").open("ab") as file:
+        file.write(KILLS)
+    with (archive / "13.png").open("ab") as file:
+        file.write(HANGS)
+    result = run(archive, tmp_path / "out", decoder=decode_poisoned, stall_timeout_seconds=10.0)
+    assert not result.given_up
+    rows = open_results(str(tmp_path / "out")).images().to_table().to_pylist()
+    failed = {Path(row["image_key"]).name: row["reason"] for row in rows if row["status"] == "failed"}
+    assert failed == {"05.png": "killed_worker", "13.png": "timeout"}
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+def test_suspect_mode_gives_the_same_instances(archive: Path, tmp_path: Path) -> None:
+    run(archive, tmp_path / "plain")
+    run(archive, tmp_path / "suspect", suspect=True)
+    tables = [
+        open_results(str(tmp_path / name)).instances().to_table().drop_columns(["run"]) for name in ("plain", "suspect")
+    ]
+    assert tables[0].num_rows > 0
+    assert tables[0].sort_by("image_key").equals(tables[1].sort_by("image_key"))
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(archive: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(PipelineError, match="these weights are broken"):
+        run(archive, tmp_path / "out", load=load_broken)
+    assert time.monotonic() - started < 30
+
+
+def test_stopping_hands_out_nothing_more_and_the_next_run_does_the_rest(archive: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    first = run(
+        archive,
+        tmp_path / "out",
+        load=load_slow,
+        on_tick=lambda tick: stop.set() if tick.images_done else None,
+        stop=stop,
+    )
+    assert first.stopped
+    done = keys_of(tmp_path / "out")
+    assert 0 < len(done) < NUM_IMAGES
+    second = run(archive, tmp_path / "out", run_id="r2")
+    assert sum(outcome.images for outcome in second.outcomes) == NUM_IMAGES - len(done)
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+def test_a_shard_that_another_run_committed_meanwhile_is_found(archive: Path, tmp_path: Path) -> None:
+    plans = [
+        Plan(
+            list_images([str(archive)]),
+            Results(str(tmp_path / "out"), []),
+            weights_sha256="1",
+            settings_hash="2",
+            config=ShardConfig(images_per_shard=4),
+        )
+        for _ in range(2)
+    ]
+    commits.create_table(str(tmp_path / "out"))
+    outcomes = []
+    for number, plan in enumerate(plans):  # both planned before either ran
+        config = ActorConfig(output=str(tmp_path / "out"), run_id=f"r{number}", score_threshold=0.0, metadata=METADATA)
+        schedule = Schedule(
+            plan.shards(), plan.num_shards, load_tiny, config, ScheduleConfig(max_actors=1, cpus_per_actor=0.5)
+        )
+        with plan:
+            outcomes.append({outcome.commit for outcome in schedule.run(lambda _: None, threading.Event()).outcomes})
+    assert outcomes == [{"won"}, {"found"}]
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+def test_a_shard_that_always_fails_is_named_and_the_others_are_done(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    commits.create_table(str(tmp_path / "out"))
+    plan = Plan(
+        list_images([str(archive)]), Results(str(tmp_path / "out"), []), weights_sha256="1", settings_hash="2",
+        config=ShardConfig(images_per_shard=12),
+    )  # fmt: skip
+    first, second = plan.shards()
+    blocked = tmp_path / "out" / "_commits" / f"{first.shard_id}.json"
+    blocked.mkdir(parents=True)  # a commit that can neither be read nor written
+    config = ActorConfig(output=str(tmp_path / "out"), run_id="r", score_threshold=0.0, metadata=METADATA)
+    schedule = Schedule(iter([first, second]), 2, load_tiny, config, ScheduleConfig(max_actors=1, cpus_per_actor=0.5))
+    with plan:
+        result = schedule.run(lambda _: None, threading.Event())
+    assert list(result.given_up) == [first.shard_id]
+    assert [outcome.shard_id for outcome in result.outcomes] == [second.shard_id]
+
+
+def test_actor_bounds_are_checked() -> None:
+    with pytest.raises(ConfigError, match="got 3:2"):
+        ScheduleConfig(min_actors=3, max_actors=2)
