@@ -95,7 +95,7 @@ def _counted(items: Iterable[Item], listing: Listing) -> Iterator[Item]:
 def _all_items(inputs: Sequence[str], shared: _Inputs) -> Iterator[Item]:
     for given in inputs:
         uri = public_uri(given)
-        found = False
+        found, skipped_before = False, shared.listing.skipped.copy()
         try:
             for item in _input_items(uri, given.endswith("/"), shared):
                 found = True
@@ -105,7 +105,8 @@ def _all_items(inputs: Sequence[str], shared: _Inputs) -> Iterator[Item]:
         except PermissionError as error:
             raise ConfigError(f"no access to {uri}: {error}") from error
         if not found:
-            skipped = ", ".join(f"{count} {name}" for name, count in shared.listing.skipped.most_common(5))
+            fresh = shared.listing.skipped - skipped_before
+            skipped = ", ".join(f"{count} {name}" for name, count in fresh.most_common(5))
             raise ConfigError(f"no images at {uri}" + (f"; left out: {skipped}" if skipped else "; is the path right?"))
 
 

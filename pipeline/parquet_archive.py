@@ -25,6 +25,9 @@ COLUMN_NAMES = ("image", "jpg", "jpeg", "png", "webp", "bytes", "content")
 BLOCK_BYTES = 4 * 1024 * 1024
 """Read at a time from a remote table."""
 
+# UnicodeDecodeError, for one, is a ValueError; ArrowException is none of the others.
+PARSE_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError)
+
 ROWS_AT_ONCE = 32
 """Rows decoded from a column at a time; a row group may be larger than memory."""
 
@@ -83,7 +86,10 @@ def open_table(info: FileInfo) -> Iterator[tuple[pq.ParquetFile, BinaryIO]]:
     with open_object(info.uri, info.size, BLOCK_BYTES) as file:
         try:
             table = pq.ParquetFile(file, buffer_size=1024 * 1024, pre_buffer=False)
-        except (pa.ArrowException, OSError) as error:
+            rows = _row_group_starts(table)[-1]
+            if rows != table.metadata.num_rows or table.schema_arrow is None:
+                raise ValueError(f"its row groups hold {rows} rows, it says {table.metadata.num_rows}")
+        except PARSE_ERRORS as error:
             if not is_damage(error, file):
                 raise
             file.seek(0)
@@ -144,7 +150,7 @@ def _read_run(
                 else:
                     yield cell
                 done += 1
-    except (pa.ArrowException, OSError) as error:
+    except PARSE_ERRORS as error:
         if not is_damage(error, file):
             raise
         refusal = DecodeError("unreadable", f"row group {group} of {printable(info.uri)}: {error}")

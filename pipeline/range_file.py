@@ -5,6 +5,7 @@ A URI and its size enter; a binary file leaves. Local files are opened plainly. 
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Sequence
 from typing import BinaryIO, cast
@@ -34,7 +35,7 @@ def is_damage(error: Exception, file: BinaryIO) -> bool:
     """Whether an error met while parsing ``file`` speaks of its content, and not of the store it lies in."""
     if getattr(file, "failure", None) is not None:
         return False
-    return not isinstance(error, OSError) or error.errno is None
+    return not isinstance(error, OSError) or error.errno in (None, errno.EINVAL)  # EINVAL: a seek to a senseless place
 
 
 class RangeFile(io.RawIOBase):
@@ -63,7 +64,7 @@ class RangeFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         if start + offset < 0:
-            raise ValueError(f"seek before the start of {self._uri}: {start + offset}")
+            raise OSError(errno.EINVAL, "seek before the start", self._uri)
         self._position = start + offset
         return self._position
 
@@ -105,9 +106,9 @@ def group_spans(spans: Sequence[Span]) -> list[list[int]]:
     groups: list[list[int]] = []
     first, last = 0, 0  # of the group so far
     for index, (start, stop) in enumerate(spans):
-        if groups and first <= start <= last + MERGE_GAP_BYTES and stop - first <= MERGED_BYTES:
+        if groups and first <= start <= last + MERGE_GAP_BYTES and max(stop, last) - first <= MERGED_BYTES:
             groups[-1].append(index)
-            last = max(last, stop)
+            last = max(stop, last)
         else:
             groups.append([index])
             first, last = start, stop

@@ -77,7 +77,7 @@ class _Unpacked(io.RawIOBase):
         self.position = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._unpacked.read(size)
+        data = self._unpacked.read1(size)  # what is there; read() would lose it when damage follows
         self.position += len(data)
         packed = self._packed.tell()
         if self._limits.ratio_exceeded(self.position, packed):

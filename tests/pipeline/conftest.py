@@ -22,8 +22,14 @@ def s3_endpoint() -> Iterator[str]:
         yield endpoint
 
 
+@pytest.fixture(scope="session")
+def client_endpoint() -> list[str]:
+    """The endpoint that the S3 clients of this process were made for; making one costs more than most tests."""
+    return [""]
+
+
 @pytest.fixture
-def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def s3_environment(monkeypatch: pytest.MonkeyPatch, client_endpoint: list[str]) -> Callable[[str], None]:
     """Point S3 clients, here and in processes started from here, to an endpoint."""
 
     def use(endpoint: str) -> None:
@@ -31,10 +37,20 @@ def s3_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], 
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        uris.forget_clients()
+        if client_endpoint != [endpoint]:
+            uris.forget_clients()
+            client_endpoint[:] = [endpoint]
 
-    yield use
+    return use
+
+
+@pytest.fixture
+def fresh_clients(client_endpoint: list[str]) -> Iterator[None]:
+    """For tests that change how clients are made."""
     uris.forget_clients()
+    yield
+    uris.forget_clients()
+    client_endpoint[:] = [""]
 
 
 @pytest.fixture

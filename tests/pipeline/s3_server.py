@@ -1,8 +1,8 @@
 """An S3 server on the loopback for tests, and a proxy before it that misbehaves as asked.
 
-``running_server()`` yields the endpoint of a real (moto) server process; ``FaultyProxy`` forwards to one, spending
-its ``faults`` one per request: "503", "409" answer so; "reset" closes the connection before the request is served,
-"lost" after it.
+``running_server()`` yields the endpoint of a real (moto) server process. ``FaultyProxy`` forwards to one, spending
+its ``faults`` one per request: "403", "409", "500", "503" answer so; "reset" closes the connection before the
+request is served, "lost" after it; "" forwards.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 START_SECONDS = 30.0
+ERROR_CODES = {
+    "403": "AccessDenied",
+    "409": "ConditionalRequestConflict",
+    "500": "InternalError",
+    "503": "SlowDown",
+}
 
 
 @contextmanager
@@ -88,8 +94,8 @@ class _Forwarder(BaseHTTPRequestHandler):
         fault = self.proxy.faults.pop(0) if self.proxy.faults else ""
         if fault == "reset":
             self._hang_up()
-        elif fault in ("503", "409"):
-            code = {"503": "SlowDown", "409": "ConditionalRequestConflict"}[fault]
+        elif fault in ERROR_CODES:
+            code = ERROR_CODES[fault]
             self._answer(int(fault), [], f"<Error><Code>{code}</Code><Message>as asked</Message></Error>".encode())
         else:
             connection = http.client.HTTPConnection(self.target, timeout=30)

@@ -166,14 +166,12 @@ def test_unknown_schemes_and_credentials_are_refused() -> None:
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("fresh_clients")
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import uris
-
     def missing(*_: object, **__: object) -> None:
         raise ImportError("No module named 'gcsfs'")
 
     monkeypatch.setattr("fsspec.filesystem", missing)
-    uris.forget_clients()
     with pytest.raises(ConfigError, match=r"maskline\[gcs\]"):
         storage.read_bytes("gs://bucket/x")
 
@@ -314,17 +312,15 @@ def test_s3_conflict_is_neither_won_nor_lost(s3_root: str, faulty_s3: FaultyProx
         storage.create_exclusive(join(s3_root, "x"), b"mine")
 
 
+@pytest.mark.usefixtures("fresh_clients")
 def test_s3_without_credentials_names_the_next_step(
     s3_root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from pipeline import uris
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    uris.forget_clients()
     with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID"):
         storage.read_bytes(join(s3_root, "x"))
 
