@@ -177,9 +177,11 @@ class Recipe(_Checked):
         if self.pixel_range <= 0:
             raise ValueError(f"pixel_range must be positive, got {self.pixel_range}")
         thresholds = ("rpn_score_threshold", "rpn_nms_threshold", "score_threshold", "box_nms_threshold")
-        for name in (*thresholds, "mask_threshold"):
+        for name in thresholds:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if not 0 < self.mask_threshold < 1:
+            raise ValueError(f"mask_threshold must be above 0 and below 1, got {self.mask_threshold}")
 
 
 def _at_least(config: object, bound: float, *names: str) -> None:

@@ -40,12 +40,15 @@ class MaskHead(nn.Module):
 
     def forward(self, region_features: Tensor, labels: Tensor) -> Tensor:
         x = self.convs(region_features).permute(0, 2, 3, 1)  # (R, S, S, C)
-        num_regions, side, _, channels = x.shape
+        num_regions, side, _, _ = x.shape
         # Stride equals kernel, so no outputs overlap: each cell makes four by a linear layer, and the
         # logits are taken before the four are moved to their places.
-        weight = self.upsample.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # (2 2 C, C)
-        assert self.upsample.bias is not None
-        x = nn.functional.linear(x, weight, self.upsample.bias.repeat(4)).relu_()  # (R, S, S, 2 2 C)
-        logits: Tensor = self.mask_logits(x.reshape(num_regions, side * side * 4, -1), labels)  # (R, S S 2 2)
+        up = self.upsample
+        weight = up.weight.permute(2, 3, 1, 0).reshape(4 * up.out_channels, up.in_channels)  # (2 2 C, C)
+        assert up.bias is not None
+        x = nn.functional.linear(x, weight, up.bias.repeat(4)).relu_()  # (R, S, S, 2 2 C)
+        logits: Tensor = self.mask_logits(
+            x.reshape(num_regions, side * side * 4, up.out_channels), labels
+        )  # (R, S S 2 2)
         logits = logits.view(num_regions, side, side, 2, 2).transpose(2, 3)  # (R, S, 2, S, 2)
         return logits.reshape(num_regions, side * 2, side * 2)  # (R, M, M)

@@ -1,87 +1,34 @@
 """Mask R-CNN inference (He et al. 2017): images enter, the detections of each image leave.
 
-`Network` is the parameters, as they are trained and stored. `MaskRCNN` runs a copy of them that has its norms folded
-and lies on one device in one precision: one batched path with a fixed number of proposals and detections per image.
+One batched path for every device, with a fixed number of proposals and detections per image and marks of which are
+filled. Boxes, anchors and scores are float32 whatever the precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+from torch import Tensor
 
 from model import boxes as box_math
 from model import transform
 from model.anchors import cell_anchors
-from model.box_head import BoxHead, Chosen, choose
+from model.box_head import Chosen, choose
 from model.config import ModelConfig, Recipe
-from model.conv_norm import folded
-from model.fpn import FPN
-from model.mask_head import MaskHead
-from model.resnet import ResNet, resnet18, resnet50
+from model.network import Network, Precision, ready_to_run
 from model.rle import encode_detections
 from model.roi_align import multilevel_roi_align
-from model.rpn import Proposals, RPNHead, propose
+from model.rpn import Proposals, propose
 from model.structures import Detections, ImageSize
 
 # N images, P proposals and D detections of an image, M mask side.
 
-Precision = Literal["fp32", "bf16"]
-
 POOLED_STRIDES = (4, 8, 16, 32)
 """Of P2 to P5, the levels regions are pooled from."""
-
-
-class Network(nn.Module):
-    """The parts and their parameters; the names of its state dict are those of our weight files."""
-
-    def __init__(self, *, body: ResNet, fpn: FPN, rpn: RPNHead, box_head: BoxHead, mask_head: MaskHead) -> None:
-        super().__init__()
-        self.body = body
-        self.fpn = fpn
-        self.rpn = rpn
-        self.box_head = box_head
-        self.mask_head = mask_head
-
-
-def build_network(config: ModelConfig, recipe: Recipe) -> Network:
-    """The parts a config asks for, their parameters not yet set to anything."""
-    norm = partial(FrozenBatchNorm2d, eps=recipe.norm_eps)
-    head_norm = norm if config.head_norm else None
-    body = resnet18(norm=norm) if config.body == "resnet18" else resnet50(norm=norm)
-    num_convs, num_fcs = (0, 2) if config.box_head == "2fc" else (4, 1)
-    return Network(
-        body=body,
-        fpn=FPN(body.out_channels, config.fpn_channels, norm=norm if config.fpn_norm else None),
-        rpn=RPNHead(
-            in_channels=config.fpn_channels,
-            anchors_per_cell=len(config.aspect_ratios),
-            num_convs=config.rpn_convs,
-        ),
-        box_head=BoxHead(
-            in_channels=config.fpn_channels,
-            resolution=config.box_resolution,
-            num_convs=num_convs,
-            num_fcs=num_fcs,
-            width=config.box_head_width,
-            num_classes=config.num_classes,
-            norm=head_norm,
-        ),
-        mask_head=MaskHead(
-            in_channels=config.fpn_channels,
-            channels=config.mask_channels,
-            num_convs=config.mask_convs,
-            num_classes=config.num_classes,
-            norm=head_norm,
-        ),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +75,7 @@ class MaskRCNN:
         self.precision: Precision = precision
         self.batch_size = 16 if self.device.type == "cuda" else 1
         """Images of one padded size to give `detect` at a time; more are slower or no faster."""
-        self.running = _ready_to_run(network, self.device, precision)
+        self.running = ready_to_run(network, self.device, precision)
         """The copy that runs: folded, on the device, in the precision."""
         self._cells = [
             cell_anchors(size, config.aspect_ratios, rounded=recipe.anchors_rounded).to(self.device)
@@ -228,11 +175,9 @@ class MaskRCNN:
         """(N, D, M, M); the head sees only the places that are filled."""
         image_index, place = chosen.valid.nonzero(as_tuple=True)
         resolution = self.config.mask_resolution
+        region_features = self._pool(levels, chosen.boxes[image_index, place], image_index, resolution)
         mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, 2 * resolution, 2 * resolution)
-        if len(place):
-            region_features = self._pool(levels, chosen.boxes[image_index, place], image_index, resolution)
-            own_class = self.running.mask_head(region_features, chosen.labels[image_index, place])
-            mask_logits[image_index, place] = own_class
+        mask_logits[image_index, place] = self.running.mask_head(region_features, chosen.labels[image_index, place])
         return mask_logits
 
     def _pool(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, resolution: int) -> Tensor:
@@ -276,20 +221,6 @@ class MaskRCNN:
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
-
-
-def _ready_to_run(network: Network, device: torch.device, precision: Precision) -> Network:
-    """A folded, channels-last copy; in bf16 the box head's outputs stay float32: boxes and scores hang on them."""
-    running = folded(network).eval().requires_grad_(False)
-    if precision == "bf16":
-        outputs = (running.box_head.class_logits, running.box_head.deltas)
-        kept = [(layer, {name: value.clone() for name, value in layer.state_dict().items()}) for layer in outputs]
-        running.to(torch.bfloat16)
-        for layer, values in kept:
-            layer.float().load_state_dict(values)
-    elif precision != "fp32":
-        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    return running.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _size_of(image: NDArray[np.uint8]) -> ImageSize:

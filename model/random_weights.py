@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.config import ModelConfig, Recipe
-from model.mask_rcnn import MaskRCNN, Network, Precision, build_network
+from model.mask_rcnn import MaskRCNN
+from model.network import Network, Precision, build_network
 from model.weights import to_bytes
 
 OBJECTNESS_STD = 2.0

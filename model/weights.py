@@ -22,7 +22,8 @@ from torch import Tensor
 
 from model import torchvision_weights
 from model.config import ModelConfig, Recipe
-from model.mask_rcnn import MaskRCNN, Network, Precision, build_network
+from model.mask_rcnn import MaskRCNN
+from model.network import Network, Precision, build_network
 
 Source = str | Path | bytes
 """A path, the contents of a file, or the name `coco`."""
@@ -120,9 +121,11 @@ def _read_ours(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, di
         raise ValueError(f"weights {name} are not a whole safetensors file: {error}; copy the file again") from error
     header = json.loads(contents[8 : 8 + int.from_bytes(contents[:8], "little")])
     document = _our_document(header, name)
-    config = ModelConfig.from_json(document["config"])
-    recipe = Recipe.from_json(document["recipe"])
-    categories = {int(index): str(category) for index, category in document["categories"].items()}
+    try:
+        config, recipe = ModelConfig.from_json(document["config"]), Recipe.from_json(document["recipe"])
+        categories = {int(index): str(category) for index, category in document["categories"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"weights {name} have metadata that does not fit: {error}") from error
     if set(categories) != set(range(1, config.num_classes)):
         raise ValueError(
             f"weights {name} name {len(categories)} categories; the network has the classes 1 to "
@@ -192,7 +195,7 @@ def _shapes(config: ModelConfig, recipe: Recipe) -> dict[str, torch.Size]:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name: str) -> None:
-    """Raise ValueError unless exactly the expected tensors are there, in their shapes, as floating point."""
+    """Raise ValueError unless exactly the expected tensors are there, in their shapes, with finite floats."""
     missing = [key for key in expected if key not in tensors]
     unexpected = [key for key in tensors if key not in expected]
     misshapen = [
@@ -200,11 +203,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
         for key, shape in expected.items()
         if key in tensors and (tensors[key].shape != shape or not tensors[key].is_floating_point())
     ]
-    faults = [
-        f"{len(keys)} {kind} (first: {', '.join(keys[:3])})"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if keys
-    ]
+    not_finite = [key for key in expected if key in tensors and not torch.isfinite(tensors[key]).all()]
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not finite": not_finite}
+    faults = [f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds.items() if keys]
     if faults:
         raise ValueError(
             f"weights {name} do not fit, of {len(expected)} tensors: {'; '.join(faults)}; give a whole Mask R-CNN "
@@ -214,9 +215,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
 
 def _download_coco() -> Path:
     """torchvision's maskrcnn_resnet50_fpn_v2, in torch's own cache."""
-    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
-
-    url: str = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url
+    url = _coco_url()
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     prefix = path.stem.rpartition("-")[2]  # the first digits of the sha256
     try:
@@ -233,3 +232,9 @@ def _download_coco() -> Path:
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
         raise ValueError(f"{path} is damaged: its sha256 does not begin with {prefix}; delete it and try again")
     return path
+
+
+def _coco_url() -> str:
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+
+    return str(MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url)

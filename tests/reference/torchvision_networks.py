@@ -15,11 +15,21 @@ Output = dict[str, Tensor]
 _NORM_RANGES = [("weight", 0.7, 1.1), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.8, 1.2)]
 
 
-def torchvision_network(version: str, image: NDArray[np.uint8], *, seed: int = 0, num_classes: int = 91) -> nn.Module:
+def torchvision_network(
+    version: str,
+    image: NDArray[np.uint8],
+    *,
+    seed: int = 0,
+    num_classes: int = 91,
+    min_size: int = 800,
+    max_size: int = 1333,
+    proposals: int = 1000,
+) -> nn.Module:
     """maskrcnn_resnet50_fpn ("v1", frozen norms with an eps of 0, as published; "v1-batch-norm") or "v2"."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = _build(version, num_classes)
+        sizes = {"min_size": min_size, "max_size": max_size, "rpn_post_nms_top_n_test": proposals}
+        network = _build(version, num_classes=num_classes, **sizes)
         _vary_norms(network)
     network.eval()
     _spread(network, image)
@@ -33,7 +43,7 @@ def predict(network: nn.Module, image: NDArray[np.uint8]) -> Output:
     return output
 
 
-def _build(version: str, num_classes: int) -> nn.Module:
+def _build(version: str, **sizes: int) -> nn.Module:
     from torchvision.models import resnet50
     from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
     from torchvision.models.detection._utils import overwrite_eps
@@ -41,12 +51,12 @@ def _build(version: str, num_classes: int) -> nn.Module:
 
     network: nn.Module
     if version == "v2":
-        network = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=num_classes)
+        network = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **sizes)
     elif version == "v1-batch-norm":
-        network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=num_classes)
+        network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes)
     else:
         body = resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
-        network = MaskRCNN(_resnet_fpn_extractor(body, 3), num_classes)
+        network = MaskRCNN(_resnet_fpn_extractor(body, 3), **sizes)
         overwrite_eps(network, 0.0)
     return network
 

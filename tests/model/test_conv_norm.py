@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from model.conv_norm import ConvNorm, folded
+
+
+def _conv_norm(eps: float, *, stride: int = 1) -> ConvNorm:
+    torch.manual_seed(0)
+    module = ConvNorm(6, 8, kernel_size=3, stride=stride, norm=partial(FrozenBatchNorm2d, eps=eps))
+    assert module.norm is not None
+    for name, low, high in (("weight", -1, 2), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.1, 3)):
+        module.norm.get_buffer(name).uniform_(low, high)
+    return module
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5])
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.inference_mode()
+def test_folding_keeps_the_function(eps: float, stride: int) -> None:
+    module = _conv_norm(eps, stride=stride)
+    x = torch.randn(2, 6, 9, 10)
+    torch.testing.assert_close(folded(module)(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_folding_by_hand() -> None:
+    module = ConvNorm(1, 1, kernel_size=1, norm=partial(FrozenBatchNorm2d, eps=1.0), relu=False)
+    assert module.norm is not None
+    nn.init.constant_(module.conv.weight, 3.0)
+    for name, value in (("weight", 4.0), ("bias", 1.0), ("running_mean", 2.0), ("running_var", 3.0)):
+        module.norm.get_buffer(name).fill_(value)
+    conv = folded(module).conv
+    assert conv.bias is not None
+    # (3 x - 2) / sqrt(3 + 1) * 4 + 1 = 6 x - 3
+    assert (conv.weight.item(), conv.bias.item()) == (6.0, -3.0)
+
+
+def test_folding_leaves_the_original_alone() -> None:
+    module = nn.Sequential(_conv_norm(1e-5))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    folded(module)
+    assert module[0].norm is not None
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_size_is_kept_at_stride_one() -> None:
+    for kernel_size in (1, 3, 7):
+        module = ConvNorm(2, 3, kernel_size=kernel_size)
+        assert module(torch.zeros(1, 2, 5, 8)).shape == (1, 3, 5, 8)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from model.config import Recipe
+from model.rpn import Proposals, RPNHead, propose
+from model.structures import ImageSize
+
+INPUT = ImageSize(64, 64)
+SIZES = torch.tensor([[60.0, 50.0]])
+CELL = torch.tensor([[-8.0, -8.0, 8.0, 8.0]])
+NONE = torch.zeros(4)
+
+
+def _propose(
+    levels: Sequence[tuple[list[list[float]], Tensor | None]],
+    *,
+    cells: Sequence[Tensor] | None = None,
+    sizes: Tensor = SIZES,
+    recipe: Recipe | None = None,
+) -> Proposals:
+    """Objectness of each level of a square grid with one anchor in a cell, and its deltas, none if None."""
+    outputs, grids = [], []
+    for objectness, deltas in levels:
+        logits = torch.tensor(objectness)
+        outputs.append((logits, torch.zeros(*logits.shape, 4) if deltas is None else deltas))
+        side = int(logits.shape[1] ** 0.5)
+        grids.append(ImageSize(side, side))
+    return propose(
+        outputs,
+        cells or [CELL] * len(levels),
+        grids=grids,
+        input_size=INPUT,
+        image_sizes=sizes,
+        recipe=recipe or Recipe(),
+    )
+
+
+def test_proposals_are_anchors_clipped_and_best_first() -> None:
+    # 2 × 2 cells 32 px apart; the image ends at x 50, y 60
+    found = _propose([([[0.0, 3.0, 1.0, 2.0]], None)])
+    assert found.valid[0].tolist() == [True] * 4 + [False] * 996
+    expected = [[24.0, 0.0, 40.0, 8.0], [24.0, 24.0, 40.0, 40.0], [0.0, 24.0, 8.0, 40.0], [0.0, 0.0, 8.0, 8.0]]
+    assert found.boxes[0, :4].tolist() == expected
+    assert not found.boxes[0, 4:].any()
+
+
+def test_overlap_suppresses_within_a_level_only() -> None:
+    wide = torch.tensor([[-8.0, -8.0, 8.0, 8.0], [-8.0, -8.0, 8.0, 8.5]])
+    deltas = torch.zeros(1, 2, 4)
+    outputs = (torch.tensor([[2.0, 1.0]]), deltas)
+    grids = [ImageSize(1, 1), ImageSize(1, 1)]
+    found = propose([outputs, outputs], [wide, wide], grids=grids, input_size=INPUT, image_sizes=SIZES, recipe=Recipe())
+    assert int(found.valid.sum()) == 2
+    assert found.boxes[0, :2].tolist() == [[0.0, 0.0, 8.0, 8.0]] * 2
+
+
+def test_each_level_sends_its_best_and_the_image_keeps_its_best() -> None:
+    apart = [[1.0, 2.0, 3.0, 4.0]]
+    found = _propose([(apart, None), (apart, None)], recipe=replace(Recipe(), rpn_pre_nms=3, rpn_post_nms=4))
+    assert found.boxes.shape == (1, 4, 4)
+    assert found.valid.all()
+    # the best two of both levels: cells (1, 1) and (1, 0)
+    assert sorted(found.boxes[0, :2].tolist()) == [[24.0, 24.0, 40.0, 40.0]] * 2
+    assert sorted(found.boxes[0, 2:].tolist()) == [[0.0, 24.0, 8.0, 40.0]] * 2
+
+
+def test_slivers_and_low_scores_are_dropped() -> None:
+    beside = torch.tensor([[[-9.0, 0.0, 0.0, 0.0]]])  # nine widths to the left of the image
+    assert not _propose([([[5.0]], beside)]).valid.any()
+    strict = replace(Recipe(), rpn_score_threshold=0.5)
+    assert not _propose([([[-0.1]], None)], recipe=strict).valid.any()
+    assert _propose([([[0.0]], None)], recipe=strict).valid.sum() == 1
+
+
+def test_images_of_a_batch_do_not_see_each_other() -> None:
+    torch.manual_seed(0)
+    logits, deltas = torch.randn(3, 16), torch.randn(3, 16, 4)
+    sizes = torch.tensor([[60.0, 50.0], [64.0, 64.0], [40.0, 64.0]])
+    together = _propose([(logits.tolist(), deltas)], sizes=sizes)
+    for index in range(3):
+        alone = _propose([(logits[index : index + 1].tolist(), deltas[index : index + 1])], sizes=sizes[index, None])
+        assert torch.equal(together.boxes[index], alone.boxes[0])
+        assert torch.equal(together.valid[index], alone.valid[0])
+
+
+@torch.inference_mode()
+def test_head_orders_its_outputs_as_anchors_are_counted() -> None:
+    head = RPNHead(in_channels=2, anchors_per_cell=3, num_convs=1)
+    level = torch.randn(2, 2, 4, 5)
+    objectness, deltas = head(level)
+    x = head.convs(level)
+    for y, column, anchor in ((0, 0, 0), (2, 3, 1), (3, 4, 2)):
+        index = (y * 5 + column) * 3 + anchor
+        torch.testing.assert_close(objectness[:, index], head.objectness(x)[:, anchor, y, column])
+        torch.testing.assert_close(deltas[:, index], head.deltas(x)[:, anchor * 4 : anchor * 4 + 4, y, column])

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+
+import model
+from model.torchvision_weights import coco_categories
+
+MAKERS = {"v1": maskrcnn_resnet50_fpn, "v2": maskrcnn_resnet50_fpn_v2}
+
+
+def _tensors(version: str, num_classes: int = 91) -> dict[str, Tensor]:
+    """Of the right names and shapes, each filled with a number of its own."""
+    with torch.device("meta"):
+        network: nn.Module = MAKERS[version](weights=None, weights_backbone=None, num_classes=num_classes)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    return {name: torch.full(shape, float(index)) for index, (name, shape) in enumerate(shapes.items())}
+
+
+def _file(tensors: dict[str, Tensor], *, legacy: bool = False) -> bytes:
+    file = io.BytesIO()
+    torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def _without_counters(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+
+
+def _name_of_2019(name: str) -> str:
+    name = re.sub(r"^(backbone\.fpn\.\w+_blocks\.\d)\.0\.", r"\1.", name)
+    name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+    return re.sub(r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.", name)
+
+
+def test_versions_are_recognised_with_their_recipes() -> None:
+    first, second = model.describe(_file(_tensors("v1"))), model.describe(_file(_tensors("v2")))
+    assert first.config == model.R50_FPN()
+    assert (second.config.box_head, second.config.rpn_convs) == ("4conv1fc", 2)
+    assert (second.config.fpn_norm, second.config.head_norm) == (True, True)
+    assert first.recipe.norm_eps == second.recipe.norm_eps == 1e-5
+    assert (first.config.min_size, first.config.max_size) == (800, 1333)
+
+
+def test_frozen_norms_are_those_of_the_published_v1() -> None:
+    assert model.describe(_file(_without_counters(_tensors("v1")))).recipe.norm_eps == 0.0
+
+
+def test_the_names_of_the_first_published_file_are_read() -> None:
+    now = _without_counters(_tensors("v1"))
+    then = {_name_of_2019(name): value for name, value in now.items()}
+    assert len(then.keys() - now.keys()) == 26  # 16 of the pyramid, 2 of the RPN, 8 of the mask head
+    new = model.load(_file(now)).network.state_dict()
+    old = model.load(_file(then, legacy=True)).network.state_dict()
+    assert list(new) == list(old)
+    assert all(torch.equal(new[name], old[name]) for name in new)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_every_tensor_has_one_place(version: str) -> None:
+    tensors = _without_counters(_tensors(version))
+    placed = model.load(_file(tensors)).network.state_dict()
+    assert {float(value.flatten()[0]) for value in placed.values()} == {
+        float(value.flatten()[0]) for value in tensors.values()
+    }
+    assert len(placed) == len(tensors)
+
+
+def test_classes_are_counted() -> None:
+    info = model.describe(_file(_tensors("v1", num_classes=3)))
+    assert info.config.num_classes == 3
+    assert info.categories == {1: "class 1", 2: "class 2"}
+
+
+def test_categories_of_coco() -> None:
+    categories = model.describe(_file(_tensors("v2"))).categories
+    assert categories == coco_categories()
+    assert set(categories) == set(range(1, 91))
+    assert (categories[1], categories[90]) == ("person", "toothbrush")
+
+
+def test_a_missing_layer_is_named() -> None:
+    tensors = _tensors("v2")
+    del tensors["backbone.body.layer3.4.bn2.bias"]
+    with pytest.raises(ValueError, match=r"1 missing \(first: backbone\.body\.layer3\.4\.bn2\.bias\)"):
+        model.describe(_file(tensors))
