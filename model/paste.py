@@ -28,7 +28,7 @@ PasteRule = Literal["torchvision", "detectron2"]
 
 @dataclass(frozen=True, kw_only=True)
 class PasteAxis:
-    """One axis of D pasted masks: pixel p of the image lies at knot ``(p + shift) * scale - half``, clipped at 0."""
+    """One axis of D pasted masks: pixel p of the image lies at knot ``(p + shift) * scale - offset``, clipped at 0."""
 
     start: NDArray[np.int64]
     """(D,) first pixel of the image that the mask may touch."""
@@ -38,18 +38,18 @@ class PasteAxis:
     """(D,) pixels from the centre of pixel 0 of the image to the origin of the map."""
     scale: NDArray[np.float32]
     """(D,) knots per pixel."""
-    half: float
+    offset: float
     """Knots from the origin of the map back to the centre of knot 0."""
 
     def knots(self, detection: NDArray[np.int64], pixel: NDArray[np.int64]) -> NDArray[np.float32]:
         """Position among the knots of pixels, each of the detection beside it."""
-        position = (pixel.astype(np.float32) + self.shift[detection]) * self.scale[detection] - np.float32(self.half)
+        position = (pixel.astype(np.float32) + self.shift[detection]) * self.scale[detection] - np.float32(self.offset)
         clipped: NDArray[np.float32] = np.maximum(position, np.float32(0))
         return clipped
 
     def pixels(self, detection: NDArray[np.int64], knot: NDArray[np.float64]) -> NDArray[np.float64]:
         """The inverse of ``knots``, in float64: fractional pixels of the image."""
-        return (knot + self.half) / self.scale[detection] - self.shift[detection]
+        return (knot + self.offset) / self.scale[detection] - self.shift[detection]
 
 
 def paste_axes(
@@ -105,7 +105,7 @@ def _torchvision_axis(low: NDArray[np.float32], high: NDArray[np.float32], mask_
     start = np.clip(first, 0, length).astype(np.int64)
     stop = np.clip(last + 1, start, length).astype(np.int64)
     scale = (np.float32(num_knots) / extent).astype(np.float32)
-    return PasteAxis(start=start, stop=stop, shift=np.float32(0.5) - first, scale=scale, half=0.5)
+    return PasteAxis(start=start, stop=stop, shift=np.float32(0.5) - first, scale=scale, offset=0.5)
 
 
 def _detectron2_axis(low: NDArray[np.float32], high: NDArray[np.float32], mask_side: int, length: int) -> PasteAxis:
@@ -117,5 +117,5 @@ def _detectron2_axis(low: NDArray[np.float32], high: NDArray[np.float32], mask_s
     start = np.clip(np.floor(low - margin), 0, length).astype(np.int64)
     stop = np.clip(np.ceil(high + margin), start, length).astype(np.int64)
     return PasteAxis(
-        start=start, stop=np.where(visible, stop, start), shift=np.float32(0.5) - low, scale=scale, half=-0.5
+        start=start, stop=np.where(visible, stop, start), shift=np.float32(0.5) - low, scale=scale, offset=-0.5
     )

@@ -8,8 +8,7 @@ A bin is the mean of ``sampling_ratio²`` bilinear samples, so it is a weighted 
 a row of the channels-last map: that is what ``embedding_bag`` computes, and on a CPU it runs at the speed of memory.
 """
 
-# N images, C channels, R boxes, S output side, T samples along one side of a bin, P = S * T samples along one side
-# of a box, L levels.
+# N images, C channels, R boxes, S output side, T samples along one side of a bin.
 
 from __future__ import annotations
 

@@ -76,6 +76,14 @@ def test_a_square_by_hand() -> None:
     assert areas.tolist() == [4]
 
 
+def test_a_pixel_at_the_threshold_is_set() -> None:
+    # The same four pixel centres on cell centres, each cell now at a probability of exactly one half.
+    _, areas = rle.encode_detections(
+        torch.zeros(1, 2, 2), torch.tensor([[1.0, 1, 3, 3]]), ImageSize(4, 5), paste="detectron2"
+    )
+    assert areas.tolist() == [4]
+
+
 @pytest.mark.parametrize("paste", RULES)
 @pytest.mark.parametrize("noisy", [False, True])
 @settings(deadline=None, max_examples=60)

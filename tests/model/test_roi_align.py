@@ -93,6 +93,23 @@ def test_bins_of_a_ramp_hold_their_centres(aligned: bool, offset: float) -> None
         assert pooled[0, 1, index, :].tolist() == pytest.approx([5 + 1.5 * (index + 0.5) - offset] * 7)
 
 
+@pytest.mark.parametrize(("centre", "value"), [(-1.25, 0), (-1, 1), (-0.5, 1), (3.5, 1), (4, 1), (4.25, 0)])
+def test_samples_count_up_to_a_pixel_outside(centre: float, value: float) -> None:
+    # One sample in the middle of a box of two pixels, on a map of four.
+    box = torch.tensor([[centre - 1, 1, centre + 1, 3]]) * 4
+    for turned in (box, box[:, [1, 0, 3, 2]]):
+        pooled = multilevel_roi_align(
+            [torch.ones(1, 1, 4, 4)],
+            [4],
+            turned,
+            torch.zeros(1, dtype=torch.int64),
+            output_size=1,
+            sampling_ratio=1,
+            aligned=False,
+        )
+        assert pooled.item() == value
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
