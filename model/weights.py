@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from model.network import Network, Precision, build_network
 
 Source = str | Path | bytes
 """A path, the contents of a file, or the name `coco`."""
+
+# What torch.load raises over files that were cut or altered, found by cutting and altering some.
+_DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
 
 _METADATA_KEY = "maskline"
 _FORMAT = 1
@@ -73,7 +77,10 @@ def describe(source: Source, *, name: str | None = None) -> WeightsInfo:
 
 def save(net: MaskRCNN, path: str | Path) -> None:
     """Write the network, its norms not folded, as a file that `load` reads back bit for bit."""
-    Path(path).write_bytes(to_bytes(net.network, net.config, net.recipe, net.categories))
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(to_bytes(net.network, net.config, net.recipe, net.categories))
+    partial.replace(path)
 
 
 def to_bytes(network: Network, config: ModelConfig, recipe: Recipe, categories: Mapping[int, str]) -> bytes:
@@ -141,13 +148,14 @@ def _our_document(header: Mapping[str, Any], name: str) -> dict[str, Any]:
     text = header.get("__metadata__", {}).get(_METADATA_KEY)
     if text is None:
         raise ValueError(f"weights {name} are safetensors without maskline's metadata; write them with model.save")
-    document: dict[str, Any] = json.loads(text)
-    if document.get("format") != _FORMAT:
+    document = json.loads(text)
+    version = document.get("format") if isinstance(document, dict) else None
+    if version != _FORMAT:
         raise ValueError(
-            f"weights {name} have format {document.get('format')!r}, this maskline reads {_FORMAT}; "
+            f"weights {name} have format {version!r}, this maskline reads {_FORMAT}; "
             "use the version that wrote them, or write them again"
         )
-    return document
+    return dict(document)
 
 
 def _read_torchvision(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
@@ -184,7 +192,7 @@ def _unpickle(contents: bytes, name: str) -> object:
             f"weights {name} are no file of tensors, or hold objects besides them, which are not loaded "
             f"because they could run code: {str(error).splitlines()[0]}; save the network's state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"weights {name} are cut short or damaged: {error}; copy the file again") from error
 
 

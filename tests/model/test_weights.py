@@ -131,6 +131,17 @@ def test_files_that_are_no_weights_are_refused(saved: Path, tmp_path: Path) -> N
         model.load(tmp_path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere_is_refused(zipped: bool) -> None:
+    file = io.BytesIO()
+    names = ("backbone.a", "rpn.head.b", "roi_heads.c")
+    torch.save({name: torch.zeros(3) for name in names}, file, _use_new_zipfile_serialization=zipped)
+    contents = file.getvalue()
+    for length in range(0, len(contents), 7):
+        with pytest.raises(ValueError, match="weights"):
+            model.describe(contents[:length])
+
+
 class _Offline:
     def __call__(self, url: str, path: str, prefix: str, *, progress: bool) -> None:
         raise URLError("no route to host")
