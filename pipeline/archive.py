@@ -7,6 +7,7 @@ leave. Their bytes are read by ``payloads.py``. Nothing is downloaded to disk or
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -31,6 +32,7 @@ from pipeline.items import (
     printable,
 )
 from pipeline.manifest import manifest_uris, uri_column
+from pipeline.ordered_reads import Ahead
 from pipeline.parquet_archive import image_column, list_parquet, read_schema
 from pipeline.payloads import read_images
 from pipeline.storage import MISSING_VERSION, FileInfo
@@ -43,7 +45,11 @@ __all__ = ["IMAGE_EXTENSIONS", "ITEM_SCHEMA", "ArchiveLimits", "Listing", "list_
 RESULTS_MARKER = "_maskline.json"
 """A folder that holds this is a results table, not an archive."""
 
+ARCHIVE_NAMES = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 MANIFEST_NAMES = (".txt", ".csv")
+
+ARCHIVES_AT_ONCE = 16
+"""Remote archives whose listings are under way together: a tar's headers are one round trip after another."""
 STAT_THREADS = 32
 STATS_AT_ONCE = 512
 
@@ -115,13 +121,17 @@ def _input_items(uri: str, is_folder: bool, shared: _Inputs) -> Iterator[Item]:
     if info is not None:
         yield from _file_items(info, "named", shared)
     elif is_glob(uri) and not os.path.isdir(local_path(uri) or ""):
-        for match, named in list_matches(uri, shared.skip_folder, RESULTS_MARKER):
-            # A glob such as `*` is not meant to follow the notes that lie beside the images.
-            stray = extension(match.uri) in MANIFEST_NAMES and not uri.lower().endswith(MANIFEST_NAMES)
-            yield from _file_items(match, "named" if named and not stray else "found", shared)
+        yield from _all_file_items(_glob_files(uri, shared), shared)
     else:
-        for file in storage.list_files(uri, skip_folder=shared.skip_folder, marker=RESULTS_MARKER):
-            yield from _file_items(file, "found", shared)
+        files = storage.list_files(uri, skip_folder=shared.skip_folder, marker=RESULTS_MARKER)
+        yield from _all_file_items(((file, "found") for file in files), shared)
+
+
+def _glob_files(pattern: str, shared: _Inputs) -> Iterator[tuple[FileInfo, Origin]]:
+    for match, named in list_matches(pattern, shared.skip_folder, RESULTS_MARKER):
+        # A glob such as `*` is not meant to follow the notes that lie beside the images.
+        stray = extension(match.uri) in MANIFEST_NAMES and not pattern.lower().endswith(MANIFEST_NAMES)
+        yield match, "named" if named and not stray else "found"
 
 
 def _info(uri: str) -> FileInfo | None:
@@ -131,10 +141,45 @@ def _info(uri: str) -> FileInfo | None:
         return None
 
 
+def _all_file_items(files: Iterable[tuple[FileInfo | Item, Origin]], shared: _Inputs) -> Iterator[Item]:
+    """The items of each file in turn. Remote archives are listed several at a time, each waiting for many answers."""
+    pending: deque[tuple[Ahead[Item], Listing]] = deque()
+    pool = ThreadPoolExecutor(ARCHIVES_AT_ONCE, thread_name_prefix="list")
+    try:
+        for file, origin in files:
+            if isinstance(file, FileInfo) and _is_archive(file) and not is_local(file.uri):
+                own = Listing()  # counted by another thread
+                pending.append((Ahead(pool, _file_items(file, origin, shared._replace(listing=own))), own))
+                if len(pending) == ARCHIVES_AT_ONCE:
+                    yield from _first_items(pending, shared.listing)
+                continue
+            for item in [file] if isinstance(file, Item) else _file_items(file, origin, shared):
+                while pending:
+                    yield from _first_items(pending, shared.listing)
+                yield item
+        while pending:
+            yield from _first_items(pending, shared.listing)
+    finally:
+        for ahead, _ in pending:
+            ahead.stop()
+        pool.shutdown()
+
+
+def _first_items(pending: deque[tuple[Ahead[Item], Listing]], listing: Listing) -> Iterator[Item]:
+    ahead, own = pending[0]  # stays among the pending ones, to be stopped if its reader gives up
+    yield from ahead
+    listing.add(own)
+    pending.popleft()
+
+
+def _is_archive(info: FileInfo) -> bool:
+    return info.uri.lower().endswith(ARCHIVE_NAMES) and info.version != MISSING_VERSION
+
+
 def _file_items(info: FileInfo, origin: Origin, shared: _Inputs) -> Iterator[Item]:
     """The items of one file: itself, or what the archive or manifest holds."""
     name = info.uri.lower()
-    if name.endswith((".tar", ".tar.gz", ".tgz", ".zip", ".parquet")) and info.version != MISSING_VERSION:
+    if _is_archive(info):
         try:
             yield from _archive_items(info, name, origin, shared)
         except ArchiveError as error:
@@ -178,15 +223,14 @@ def _table_items(info: FileInfo, origin: Origin, shared: _Inputs) -> Iterator[It
 
 
 def _manifest_items(info: FileInfo, shared: _Inputs) -> Iterator[Item]:
+    yield from _all_file_items(((entry, "listed") for entry in _manifest_entries(info)), shared)
+
+
+def _manifest_entries(info: FileInfo) -> Iterator[FileInfo | Item]:
     uris = manifest_uris(info)
     with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="stat") as pool:
         while chunk := list(islice(uris, STATS_AT_ONCE)):
-            ahead = map if all(map(is_local, chunk)) else pool.map
-            for entry in ahead(_manifest_entry, chunk):
-                if isinstance(entry, FileInfo):
-                    yield from _file_items(entry, "listed", shared)
-                else:
-                    yield entry
+            yield from (map if all(map(is_local, chunk)) else pool.map)(_manifest_entry, chunk)
 
 
 def _manifest_entry(uri: str) -> FileInfo | Item:

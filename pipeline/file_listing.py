@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.retry import retried
-from pipeline.storage import MISSING_VERSION, FileInfo
+from pipeline.storage import ASIDE_PREFIX, MISSING_VERSION, FileInfo
 from pipeline.uris import locate
 
 SkipFolder = Callable[[str], bool] | None
@@ -60,7 +60,8 @@ def list_objects(prefix_uri: str, skip_folder: SkipFolder, marker: str | None) -
 def _names(folder: str) -> list[str]:
     """Names in a folder, those of folders with a slash, which puts them where S3 would sort their content."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+        names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
+    return sorted(name for name in names if not name.startswith(ASIDE_PREFIX))
 
 
 def _identity(folder: str) -> tuple[int, int]:

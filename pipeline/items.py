@@ -95,6 +95,13 @@ class Listing:
     def skip(self, name: str) -> None:
         self.skipped[extension(name) or "(none)"] += 1
 
+    def add(self, other: Listing) -> None:
+        self.images += other.images
+        self.bytes += other.bytes
+        self.skipped += other.skipped
+        self.failed_archives += other.failed_archives
+        self.missing += other.missing
+
 
 def item_batches(items: Iterable[Item]) -> Iterator[pa.RecordBatch]:
     """Gather rows into columns; no Python object outlives its batch."""

@@ -26,6 +26,9 @@ __all__ = [
     "resolve", "retry_count", "write_bytes",
 ]  # fmt: skip
 
+ASIDE_PREFIX = ".maskline-tmp-"
+"""Local files being written; a listing leaves them out, as also what a killed writer left."""
+
 MISSING_VERSION = "missing"
 """The version of a file that a link or a manifest names and that is not there."""
 
@@ -234,7 +237,7 @@ def object_version(found: dict[str, Any]) -> str:
 def _write_aside(path: str, data: bytes) -> str:
     """Write and sync a temporary file beside ``path``, so that publishing it is one rename or link."""
     folder = os.path.dirname(path) or "."
-    aside = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
+    aside = os.path.join(folder, f"{ASIDE_PREFIX}{uuid.uuid4().hex}")
     try:
         file = open(aside, "xb")  # noqa: SIM115  closed below, on both ways in
     except FileNotFoundError:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import io
 import random
-import threading
-import time
-from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import storage
-from pipeline.ordered_reads import in_order
 from pipeline.range_file import MERGE_GAP_BYTES, MERGED_BYTES, RangeFile, group_spans, merge_spans
 from pipeline.storage import join
 
@@ -61,33 +57,3 @@ def test_a_range_file_reads_as_a_file(memory_root: str, planned: bool) -> None:
     assert file.read() == content
     with pytest.raises(OSError, match="before the start"):
         file.seek(-1)
-
-
-def test_calls_made_ahead_keep_their_order_and_their_bounds() -> None:
-    lock = threading.Lock()
-    state = {"waiting": 0, "most": 0}
-
-    def call(index: int) -> int:
-        time.sleep(0.001 * (index % 3))
-        with lock:
-            state["waiting"] += 10
-            state["most"] = max(state["most"], state["waiting"])
-        return index
-
-    seen = []
-    for answer in in_order(((10, partial(call, index)) for index in range(200)), threads=4, max_bytes=50):
-        with lock:
-            state["waiting"] -= 10
-        seen.append(answer)
-    assert seen == list(range(200))
-    assert state["most"] <= 60  # max_bytes, and the one being handed out
-
-
-def test_a_failing_call_is_raised_in_its_turn() -> None:
-    def fail() -> int:
-        raise OSError("store")
-
-    answers = in_order([(1, lambda: 1), (1, fail), (1, lambda: 3)], threads=2, max_bytes=100)
-    assert next(answers) == 1
-    with pytest.raises(OSError, match="store"):
-        next(answers)

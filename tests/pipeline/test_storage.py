@@ -218,6 +218,18 @@ def test_a_reader_never_sees_half_a_local_write(tmp_path: Path) -> None:
         writer.join()
 
 
+def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(os, "unlink", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_bytes(str(tmp_path / "x"), b"x")
+    assert len(os.listdir(tmp_path)) == 1
+    assert names(str(tmp_path)) == []
+
+
 def test_local_listing_follows_links_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real/x").write_bytes(b"x")
