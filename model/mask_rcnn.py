@@ -74,7 +74,7 @@ class MaskRCNN:
         self.device = torch.device(device)
         self.precision: Precision = precision
         self.batch_size = 16 if self.device.type == "cuda" else 1
-        """Images of one padded size to give `detect` at a time; more are slower or no faster."""
+        """Images of one padded size to give `detect` at a time. On a CPU more gain nothing: caches overflow sooner."""
         self.running = ready_to_run(network, self.device, precision)
         """The copy that runs: folded, on the device, in the precision."""
         self._cells = [

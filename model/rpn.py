@@ -56,21 +56,21 @@ def propose(
     recipe: Recipe,
 ) -> Proposals:
     """Proposals from the head's outputs for each level; `image_sizes` (N, 2) are inside the padding."""
-    chosen = []
-    for (objectness, deltas), cell, grid in zip(outputs, cells, grids, strict=True):
+    chosen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for (objectness, all_deltas), cell, grid in zip(outputs, cells, grids, strict=True):
         logits, index = objectness.topk(min(recipe.rpn_pre_nms, objectness.shape[1]), dim=1)  # (N, k)
         anchors = anchors_at(index, cell, grid=grid, stride=cell_stride(input_size, grid))  # (N, k, 4)
-        chosen.append((logits, anchors, deltas.gather(1, index[..., None].expand(-1, -1, 4))))
-    logits, anchors, deltas = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))  # (N, Σk), (N, Σk, 4)
+        deltas = all_deltas.gather(1, index[..., None].expand(-1, -1, 4))  # (N, k, 4)
+        chosen.append((logits, anchors, deltas, index.new_full(index.shape, len(chosen))))
+    logits, anchors, deltas, level_index = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))  # (N, Σk…)
     boxes = box_math.decode(deltas, anchors, weights=recipe.rpn_delta_weights, max_log_scale=recipe.max_log_scale)
     boxes = box_math.clip(boxes, image_sizes[:, None])
     scores = logits.sigmoid()  # not the logits: equal probabilities must tie
     usable = box_math.wide_enough(boxes, recipe.rpn_min_side) & (scores >= recipe.rpn_score_threshold)
 
-    level_index = torch.cat([logits.new_full((part[0].shape[1],), level) for level, part in enumerate(chosen)])
     image_index, place = usable.nonzero(as_tuple=True)  # (B,), (B,)
     boxes, scores = boxes[image_index, place], scores[image_index, place]  # (B, 4), (B,)
-    segments = image_index * len(chosen) + level_index[place].long()
+    segments = image_index * len(chosen) + level_index[image_index, place]
     kept = segment_nms(boxes, scores, segments, recipe.rpn_nms_threshold)
     position, valid = box_math.first_of_each_image(
         image_index[kept], num_images=len(usable), limit=recipe.rpn_post_nms
