@@ -237,7 +237,9 @@ def _manifest_entry(uri: str) -> FileInfo | Item:
     key = printable(public_uri(uri))
     try:
         return storage.info(uri)
-    except (FileNotFoundError, NotADirectoryError):
-        return Item(key, MISSING_VERSION, "file", key)
     except IsADirectoryError as error:
         return failed_item(FileInfo(key, -1, MISSING_VERSION), ArchiveError(key, "unsupported", str(error)))
+    except OSError as error:
+        if error.errno not in storage.ABSENT:
+            raise
+        return Item(key, MISSING_VERSION, "file", key)

@@ -6,6 +6,7 @@ page (S3), never the whole listing.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def list_objects(prefix_uri: str, skip_folder: SkipFolder, marker: str | None) -
 def _names(folder: str) -> list[str]:
     """Names in a folder, those of folders with a slash, which puts them where S3 would sort their content."""
     with os.scandir(folder) as entries:
-        names = [entry.name + "/" if entry.is_dir() else entry.name for entry in entries]
+        names = [entry.name + "/" if _is_folder(entry) else entry.name for entry in entries]
     return sorted(name for name in names if not name.startswith(ASIDE_PREFIX))
 
 
@@ -69,10 +70,21 @@ def _identity(folder: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 def _local_file(path: str) -> FileInfo | None:
     try:
         found = os.stat(path)
-    except FileNotFoundError:  # a dangling link names an image that is missing; anything else was deleted meanwhile
+    except OSError as error:  # a link to nowhere names an image that is missing; anything else was deleted meanwhile
+        if error.errno not in storage.ABSENT:
+            raise
         return FileInfo(path, -1, MISSING_VERSION) if os.path.islink(path) else None
     if not stat.S_ISREG(found.st_mode):
         return None

@@ -47,6 +47,8 @@ def manifest_uris(info: FileInfo) -> Iterator[str]:
             entries = (line for line in _lines(info) if not line.lstrip().startswith("#"))
     for entry in entries:
         stripped = entry.strip()
+        if "\0" in stripped:
+            raise ConfigError(f"the manifest {info.uri} holds a NUL byte: {stripped[:100]!r}; it has to be text")
         if stripped:
             yield _absolute(stripped, folder)
 

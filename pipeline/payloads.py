@@ -92,12 +92,12 @@ def _read_loose(container: str, limits: ArchiveLimits) -> Payload:
     try:
         # A remote read is bounded, should the object have grown since it was listed.
         payload = storage.read_bytes(uri) if is_local(uri) else storage.read_range(uri, 0, limits.max_image_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return DecodeError("missing", f"there is nothing at {container}")
-    except (IsADirectoryError, PermissionError) as error:
-        if not is_local(uri):  # no access to a bucket is no image's fault
-            raise
-        return DecodeError("unreadable", str(error))
+    except OSError as error:
+        if error.errno in storage.ABSENT:
+            return DecodeError("missing", f"there is nothing at {container}")
+        if isinstance(error, IsADirectoryError | PermissionError) and is_local(uri):
+            return DecodeError("unreadable", str(error))
+        raise  # the store's fault, and no access to a bucket is no image's
     if len(payload) > limits.max_image_bytes:
         return DecodeError("too_large", f"more than {limits.max_image_bytes} bytes")
     return payload

@@ -6,6 +6,7 @@ turned off (``storage.py``): s3fs sleeps 1.9 s in all, and nested retries multip
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import threading
@@ -16,6 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import stamina
 
 from pipeline.errors import ConfigError
+from pipeline.uris import public_uri
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,18 @@ CREDENTIAL_CLASSES = {
 }
 PERMANENT_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
+# What a client's error is raised as, and the number it gets where the client gave none. First match.
+OS_ERRORS: dict[type[OSError], int] = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    PermissionError: errno.EACCES,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    TimeoutError: errno.ETIMEDOUT,
+    ConnectionError: errno.ECONNRESET,
+    OSError: errno.EIO,
+}
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -80,7 +94,7 @@ def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
             transient = is_transient(error)
             if transient and not noted:
                 noted = True
-                _note_retry(call.__name__, uri, error)
+                _note_retry(call.__name__, public_uri(uri), error)
             return transient
 
         attempts = stamina.retry_context(
@@ -97,16 +111,21 @@ def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
 
 @contextmanager
 def mapped_errors(uri: str) -> Iterator[None]:
-    """Turn the errors of store clients into ``OSError`` or ``ConfigError``; let every other one through."""
+    """Turn the errors of store clients into ``OSError`` that name the URI, or ``ConfigError``; let others through."""
     try:
         yield
     except Exception as error:
-        names = _class_names(error)
-        if names & CREDENTIAL_CLASSES:
-            raise ConfigError(_credentials_message(uri, error)) from error
-        if isinstance(error, OSError) or not _is_from_client(error):
-            raise
-        raise OSError(f"{uri}: {type(error).__name__}: {error}") from error
+        shown = public_uri(uri)
+        if _class_names(error) & CREDENTIAL_CLASSES:
+            raise ConfigError(_credentials_message(shown, error)) from error
+        if isinstance(error, OSError):
+            if error.filename is not None:
+                raise
+            kind = next(kind for kind in OS_ERRORS if isinstance(error, kind))
+            raise kind(error.errno or OS_ERRORS[kind], error.strerror or str(error), shown) from error
+        if _is_from_client(error):
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}", shown) from error
+        raise
 
 
 def is_transient(error: BaseException) -> bool:

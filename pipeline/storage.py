@@ -29,6 +29,9 @@ __all__ = [
 ASIDE_PREFIX = ".maskline-tmp-"
 """Local files being written; a listing leaves them out, as also what a killed writer left."""
 
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What a file system says of a path where there is nothing, and can be nothing."""
+
 MISSING_VERSION = "missing"
 """The version of a file that a link or a manifest names and that is not there."""
 
@@ -121,7 +124,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
         return _link_exclusive(path, data)
     fs, remote_path = locate(uri)
     options: dict[str, Any] = {"chunksize": 2**32} if scheme_of(uri) == "s3" else {}  # one PUT, never multipart
-    with mapped_errors(public_uri(uri)):
+    with mapped_errors(uri):
         try:
             if scheme_of(uri) == "memory":
                 with _memory_lock:

@@ -250,6 +250,12 @@ def test_long_manifests_keep_their_order(s3_root: str) -> None:
     assert keys(listed(join(s3_root, "m.txt")), s3_root) == entries
 
 
+def test_senseless_local_entries_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    (tmp_path / "m.txt").write_text("\n".join(["a" * 5000, "x.jpg/y.jpg", "x.jpg"]))
+    assert payloads(listed(str(tmp_path / "m.txt"))) == ["missing", "missing", b"x"]
+
+
 def test_a_wrong_manifest_is_a_config_error(store: str) -> None:
     storage.write_bytes(join(store, "n.parquet"), table_bytes({"n": [1], "s": ["x"]}))
     with pytest.raises(ConfigError, match=r"no column of encoded images \(nor of URIs\) among n, s"):
@@ -257,6 +263,9 @@ def test_a_wrong_manifest_is_a_config_error(store: str) -> None:
     storage.write_bytes(join(store, "empty.txt"), b"# nothing\n")
     with pytest.raises(ConfigError, match="no images at"):
         listed(join(store, "empty.txt"))
+    storage.write_bytes(join(store, "binary.txt"), bytes(range(256)))
+    with pytest.raises(ConfigError, match="NUL"):
+        listed(join(store, "binary.txt"))
     storage.write_bytes(join(store, "http.txt"), b"https://example.invalid/x.jpg\n")
     with pytest.raises(ConfigError, match="no storage for https://"):
         listed(join(store, "http.txt"))
@@ -295,6 +304,7 @@ def test_local_images_that_may_not_be_read_are_rows(tmp_path: Path, monkeypatch:
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "c.jpg").symlink_to(tmp_path / "gone")
+    (tmp_path / "d.jpg").symlink_to(tmp_path / "d.jpg")
     listing = Listing()
     items = listed(str(tmp_path), listing=listing)
     read = storage.read_bytes
@@ -305,8 +315,8 @@ def test_local_images_that_may_not_be_read_are_rows(tmp_path: Path, monkeypatch:
         return read(uri)
 
     monkeypatch.setattr(storage, "read_bytes", guarded)
-    assert payloads(items) == [b"a.jpg", "unreadable", "missing"]
-    assert listing.missing == 1
+    assert payloads(items) == [b"a.jpg", "unreadable", "missing", "missing"]
+    assert listing.missing == 2
 
 
 def test_a_store_that_stays_broken_raises(s3_root: str, faulty_s3: FaultyProxy) -> None:

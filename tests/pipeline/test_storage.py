@@ -64,8 +64,9 @@ def test_what_is_not_there_is_a_file_not_found(store: str) -> None:
         assert not storage.exists(uri)
         storage.delete(uri)
         for call in (storage.read_bytes, storage.info, lambda uri: storage.read_range(uri, 0, 1)):
-            with pytest.raises(FileNotFoundError):
+            with pytest.raises(FileNotFoundError) as caught:
                 call(uri)
+            assert uri in str(caught.value)
     assert not storage.exists(join(store, "folder"))
     with pytest.raises(IsADirectoryError):
         storage.info(join(store, "folder"))
@@ -237,10 +238,12 @@ def test_local_listing_follows_links_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "root/linked").symlink_to(tmp_path / "real")
     (tmp_path / "root/circle").symlink_to(tmp_path / "root")
     (tmp_path / "root/dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "root/self").symlink_to(tmp_path / "root/self")
     os.mkfifo(tmp_path / "root/pipe")
     listed = list(storage.list_files(str(tmp_path / "root")))
-    assert [file.uri.removeprefix(f"{tmp_path}/root/") for file in listed] == ["dangling", "linked/x"]
+    assert [file.uri.removeprefix(f"{tmp_path}/root/") for file in listed] == ["dangling", "linked/x", "self"]
     assert listed[0] == FileInfo(f"{tmp_path}/root/dangling", -1, storage.MISSING_VERSION)
+    assert listed[2] == FileInfo(f"{tmp_path}/root/self", -1, storage.MISSING_VERSION)
 
 
 # ------------------------------------------------------------------------------------------------------------- S3
@@ -279,8 +282,9 @@ def test_s3_calls_are_retried_counted_and_logged_once(
 
 def test_s3_errors_outlive_the_retries(s3_root: str, faulty_s3: FaultyProxy) -> None:
     faulty_s3.faults = ["503"] * 5
-    with pytest.raises(OSError, match="as asked"):
+    with pytest.raises(OSError, match="as asked") as caught:
         storage.read_bytes(join(s3_root, "x"))
+    assert join(s3_root, "x") in str(caught.value)
     assert len(faulty_s3.requests) == 5  # the client below us did not retry on its own
 
 
