@@ -30,6 +30,7 @@ import torch
 import torchvision
 import tyro
 from pipeline.scenes import draw_scene
+from pipeline.schedule import ACTOR_ENVIRONMENT
 from rich.console import Console
 from rich.table import Table
 
@@ -130,7 +131,9 @@ def measure_end_to_end(config: BenchmarkConfig, folder: Path, work: Path, weight
     precision: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
     load = functools.partial(load_weights, weights.read_bytes(), weights.name, device, precision)
     cpus = float(os.cpu_count() or 1)
-    loop = ray.remote(ModelLoop).options(num_cpus=0, num_gpus=0 if device == "cpu" else 1)
+    loop = ray.remote(ModelLoop).options(
+        num_cpus=0, num_gpus=0 if device == "cpu" else 1, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
+    )
     paths = sorted(folder.iterdir())
 
     def run_loop(_: Path) -> float:

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 """How long the driver sleeps when nothing happens."""
 
+ACTOR_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+"""glibc gives large blocks back at once and faults every page in again: half the time of RoIAlign on a CPU, measured."""
+
 ACTOR_THREADS = 4
 """Calls an actor answers at once: two shards, ready, progress."""
 
@@ -193,6 +196,7 @@ class Schedule:
                 max_concurrency=ACTOR_THREADS,
                 max_restarts=0,
                 max_task_retries=0,
+                runtime_env={"env_vars": ACTOR_ENVIRONMENT},
             )
             handle = actor.remote(self._load_segmenter, self._actor_config)
             self._workers.append(_Worker(handle=handle, ready=handle.ready.remote()))

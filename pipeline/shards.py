@@ -114,10 +114,13 @@ class Plan:
         return Shard(shard_id=shard_id, items=items, inputs_hash=inputs_hash)
 
     def _load(self, listing: Iterable[pa.RecordBatch]) -> None:
-        batches = pa.RecordBatchReader.from_batches(ITEM_SCHEMA, listing)
-        self._database.register("batches", batches)
-        self._database.execute("CREATE TABLE raw AS SELECT row_number() OVER () AS sequence, * FROM batches")
-        self._database.unregister("batches")
+        self._database.register("batch", ITEM_SCHEMA.empty_table())
+        self._database.execute("CREATE TABLE raw AS SELECT 0::BIGINT AS sequence, * FROM batch")
+        count = 0
+        for batch in listing:  # one at a time, so that an error of the listing stays itself
+            self._database.register("batch", pa.Table.from_batches([batch]))
+            self._database.execute(f"INSERT INTO raw SELECT {count} + row_number() OVER (), * FROM batch")
+            count += batch.num_rows
 
     def _subtract(self, committed: Results) -> None:
         made_by = pa.table(

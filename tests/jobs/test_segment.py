@@ -116,6 +116,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(archive: Path, weights: Pat
 
 
 def test_bad_files_leave_rows_with_their_reasons(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
     expected = make_bad_images(tmp_path / "bad")
     run = maskline("segment", str(tmp_path / "bad" / "*"), "--output", tmp_path / "out", "--weights", weights, "--json")
     summary = last_json(run)
