@@ -65,7 +65,7 @@ class ArchiveLimits:
     """Members of one archive, images or not; the listing of a larger one stops there, with a row `too_large`."""
 
     max_compression_ratio: float = 200.0
-    """Unpacked over packed bytes of a zip member, a Parquet column chunk or a tar.gz, beyond the first 16 MiB."""
+    """Unpacked over packed bytes beyond the first 16 MiB: a zip member, a tar.gz so far, a row group in its file."""
 
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "max_members", "max_compression_ratio"):

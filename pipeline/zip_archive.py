@@ -35,12 +35,10 @@ def list_zip(info: FileInfo, limits: ArchiveLimits, listing: Listing) -> Iterato
     for entry in entries[: limits.max_members]:
         if stat.S_ISLNK(entry.external_attr >> 16):
             listing.skipped["link"] += 1
-        elif entry.is_dir():
-            continue
         elif is_image_name(entry.filename):
             name = printable(entry.filename)
             yield Item(f"{key}#{name}", info.version, "zip", key, name, entry.header_offset, entry.file_size)
-        else:
+        elif not entry.filename.endswith("/"):  # a folder; is_dir() fails for an empty name
             listing.skip(entry.filename)
     if len(entries) > limits.max_members:
         raise damaged(info, "too_large", f"more than {limits.max_members} members")

@@ -121,8 +121,8 @@ class _Forwarder(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.proxy.bytes_served += len(content)  # before the client can have it all
             self.wfile.write(content)
-            self.proxy.bytes_served += len(content)
 
     def _hang_up(self) -> None:
         self.close_connection = True
