@@ -25,6 +25,7 @@ COMMANDS = {
 def main() -> None:
     """Run one subcommand and end with its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # pipeline/retry.py says once what stamina says each time
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
         _usage(arguments)

@@ -29,18 +29,19 @@ import ray
 import torch
 import torchvision
 import tyro
-from pipeline.scenes import draw_scene
-from pipeline.schedule import ACTOR_ENVIRONMENT
 from rich.console import Console
 from rich.table import Table
 
 import model
+from jobs import ray_data_peer
 from jobs.segment import SegmentConfig, load_weights, segment
 from model.structures import Detections, ImageSize
 from pipeline import cluster, decode
 from pipeline.batching import DecodedImage, batches
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Pixels
+from pipeline.scenes import draw_scene
+from pipeline.workers import ACTOR_ENVIRONMENT
 
 Part = Literal["pipeline", "end_to_end"]
 
@@ -117,8 +118,8 @@ def measure_pipeline(folder: Path, work: Path, weights: Path, repeats: int) -> l
     count = sum(1 for _ in folder.iterdir())
     systems: dict[str, Callable[[Path], float]] = {
         "maskline": functools.partial(_run_maskline, str(folder), str(weights), NoOpSegmenter, None),
-        "ray data, read_images": functools.partial(_run_ray_data, str(folder), best=False),
-        "ray data, read_binary_files": functools.partial(_run_ray_data, str(folder), best=True),
+        "ray data, read_images": functools.partial(ray_data_peer.run, str(folder), best=False),
+        "ray data, read_binary_files": functools.partial(ray_data_peer.run, str(folder), best=True),
     }
     outputs = (work / f"pipeline-{number}" for number in itertools.count())
     seconds = _take_turns(systems, outputs, repeats)
@@ -208,42 +209,6 @@ def _run_maskline(
     return summary.plan_seconds + summary.run_seconds
 
 
-def _run_ray_data(folder: str, output: Path, *, best: bool) -> float:
-    started = time.perf_counter()
-    if best:
-        images = ray.data.read_binary_files(folder, include_paths=True)
-        found = images.map_batches(_decode_then_find_nothing, batch_size=64)
-    else:
-        images = ray.data.read_images(folder, mode="RGB", include_paths=True)
-        found = images.map_batches(_find_nothing, batch_size=64)
-    found.write_parquet(str(output))
-    return time.perf_counter() - started
-
-
-def _find_nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    return {"path": batch["path"], "num_instances": np.zeros(len(batch["image"]), np.int32)}
-
-
-def _decode_then_find_nothing(batch: dict[str, Any]) -> dict[str, Any]:
-    images = [
-        torchvision.io.decode_jpeg(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB
-        )
-        for data in batch["bytes"]
-    ]
-    return {"path": batch["path"], "num_instances": np.zeros(len(images), np.int32)}
-
-
-def _warm_up_ray_data(folder: Path, output: Path) -> None:
-    """Start Ray Data's workers, so that their start is in no figure."""
-    few = output / "few"
-    few.mkdir()
-    for path in itertools.islice(folder.iterdir(), 8):
-        os.link(path, few / path.name)
-    for best in (False, True):
-        _run_ray_data(str(few), output / f"warm-{best}", best=best)
-
-
 def link_images(source: str | None, folder: Path, count: int) -> Path:
     """A folder of ``count`` JPEGs: those of ``source``, or drawn ones, linked under new names as often as needed."""
     folder.mkdir(parents=True)
@@ -290,7 +255,7 @@ def main(config: BenchmarkConfig) -> None:
         if "pipeline" in config.parts:
             folder = link_images(config.images, work / "many", config.num_images)
             (work / "warm").mkdir()
-            _warm_up_ray_data(folder, work / "warm")
+            ray_data_peer.warm_up(folder, work / "warm")
             rows += measure_pipeline(folder, work, weights, config.repeats)
         if "end_to_end" in config.parts:
             folder = link_images(config.images, work / "few", config.num_model_images)

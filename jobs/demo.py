@@ -12,8 +12,6 @@ import pyarrow.dataset as pds
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
-from pipeline.overlays import contact_sheet, draw_overlay
-from pipeline.scenes import CATEGORIES, write_archive
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +20,9 @@ from jobs.segment import SegmentConfig, segment
 from pipeline import decode
 from pipeline.archive import list_images, read_images
 from pipeline.errors import DecodeError
+from pipeline.overlays import contact_sheet, draw_overlay
 from pipeline.results import Results, open_results
+from pipeline.scenes import CATEGORIES, write_archive
 
 SHOWN_INSTANCES = 12
 """The best of an image that its overlay shows."""

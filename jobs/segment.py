@@ -26,7 +26,7 @@ from pipeline.model_thread import Segmenter
 from pipeline.progress import ProgressView
 from pipeline.results import Results, TableMetadata
 from pipeline.schedule import Schedule, ScheduleConfig
-from pipeline.segment_actor import ActorConfig
+from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, Shard, ShardConfig
 from pipeline.summary import Summary
 

@@ -141,7 +141,7 @@ class ShardRows:
 
     def _images_table(self) -> pa.Table:
         rows = [self.images[index] for index in range(self.items.num_rows)]
-        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in range(8)]
+        columns = zip(*rows, strict=True)  # a shard is never empty
         fields = [IMAGES_SCHEMA.field(index) for index in range(4, len(IMAGES_SCHEMA))]
         count = len(rows)
         arrays = [

@@ -54,7 +54,7 @@ class Shard:
 
     @property
     def num_images(self) -> int:
-        return self.items.num_rows
+        return int(self.items.num_rows)
 
 
 class Plan:

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing doubled: drivers, actors and raylets are killed with -9 at random times and the run repeated."""
+"""Nothing lost, nothing doubled: drivers, actors and raylets are killed with -9 at random times, the run repeated."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
-from pipeline.scenes import draw_scene
 
 import model
 from model.structures import ImageSize
 from pipeline.results import open_results
+from pipeline.scenes import draw_scene
 from tests.reference import processes
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(archive: Path, output: Path, weights: Path) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "jobs", "segment", str(archive), "--output", str(output), "--weights", str(weights)),
-        *("--images-per-shard", "10", "--actors", "2", "--cpus-per-actor", "1", "--json"),
+        *("--images-per-shard", "10", "--actors", "2", "--cpus-per-actor", "1", "--score-threshold", "0.98", "--json"),
     ]
     with (output.parent / f"{output.name}.log").open("ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)

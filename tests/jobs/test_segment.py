@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.scenes import write_archive
 from pycocotools import mask as coco_mask
 
 import model
 from pipeline.results import open_results
+from pipeline.scenes import write_archive
 from tests.pipeline.bad_images import make_bad_images
 
 

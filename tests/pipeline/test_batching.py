@@ -14,7 +14,7 @@ def image(index: int, side: int) -> DecodedImage:
 
 
 def shape(one: DecodedImage) -> int:
-    return one.pixels.shape[0]
+    return int(one.pixels.shape[0])
 
 
 @given(

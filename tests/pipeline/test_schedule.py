@@ -22,7 +22,7 @@ from pipeline.isolated_decoder import Decode
 from pipeline.model_thread import Segmenter
 from pipeline.results import Results, TableMetadata, open_results
 from pipeline.schedule import Schedule, ScheduleConfig, ScheduleResult, Tick
-from pipeline.segment_actor import ActorConfig
+from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, ShardConfig
 from tests.pipeline.poison import HANGS, KILLS, decode_poisoned
 from tests.reference import processes
