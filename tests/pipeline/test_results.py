@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipeline.archive import ITEM_SCHEMA
 
 from model.structures import Detections, ImageSize
 from pipeline import commits, results
+from pipeline.archive import ITEM_SCHEMA
 from pipeline.commits import Commit
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.results import ShardRows, TableMetadata
+from pipeline.schema import INSTANCES_SCHEMA
 
 METADATA = TableMetadata(
     weights_name="w", weights_sha256="1", settings_hash="2", settings={"a": 1}, categories={1: "cat"}
@@ -108,7 +109,7 @@ def test_a_shard_without_instances_keeps_the_schema(tmp_path: Path) -> None:
     file = results.write_table(str(tmp_path), "instances", rows.tables()["instances"], "x", METADATA, "r")
     found = pq.read_table(tmp_path / file.path, partitioning=None)
     assert found.num_rows == 0
-    assert found.schema.equals(results.INSTANCES_SCHEMA)
+    assert found.schema.equals(INSTANCES_SCHEMA)
 
 
 def test_keypoints_are_flattened_per_instance() -> None:
