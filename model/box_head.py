@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import boxes as box_math
@@ -35,6 +34,8 @@ class BoxHead(nn.Module):
         self.convs = nn.Sequential(
             *(ConvNorm(in_channels, in_channels, kernel_size=3, norm=norm) for _ in range(num_convs))
         )
+        self.in_channels = in_channels
+        self.resolution = resolution
         sizes = [in_channels * resolution**2] + [width] * num_fcs
         self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
         self.class_logits = nn.Linear(width, num_classes)
@@ -42,16 +43,24 @@ class BoxHead(nn.Module):
 
     def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(region_features)  # (R, C, S, S)
-        first, *others = self.fcs
-        assert isinstance(first, nn.Linear)
-        # The first layer as a convolution over the whole map: no copy from channels-last, and on a CPU the faster
-        # matrix product.
-        weight = first.weight.view(len(first.weight), *x.shape[1:])  # (width, C, S, S)
-        x = F.conv2d(x, weight, first.bias).relu_().flatten(1)  # (R, width)
-        for fc in others:
-            x = fc(x).relu_()  # (R, width)
+        for fc in self.fcs:
+            x = fc(x if isinstance(fc, nn.Conv2d) else x.flatten(1)).relu_()
+        x = x.flatten(1)  # (R, width)
         x = x.to(self.class_logits.weight.dtype)
         return self.class_logits(x), self.deltas(x).view(len(x), -1, 4)  # (R, K), (R, K, 4)
+
+
+def first_layer_as_convolution(head: BoxHead) -> None:
+    """Let a convolution over the whole of the pooled features be the first linear layer.
+
+    That needs no copy from channels-last, and on a CPU it is the faster matrix product.
+    """
+    linear = head.fcs[0]
+    assert isinstance(linear, nn.Linear)
+    conv = nn.Conv2d(head.in_channels, linear.out_features, head.resolution, device="meta")
+    conv.weight = nn.Parameter(linear.weight.view(-1, head.in_channels, head.resolution, head.resolution))
+    conv.bias = linear.bias
+    head.fcs[0] = conv
 
 
 class Chosen(NamedTuple):

@@ -126,6 +126,8 @@ class Recipe(_Checked):
     """Padded sides are multiples of this."""
     bottleneck_stride: Literal["3x3"] = "3x3"
     """The convolution of a bottleneck that has the stride."""
+    norm: Literal["frozen", "batch"] = "batch"
+    """How norms are computed: a product and a sum, or torch's batch_norm; they differ in the last bit."""
     norm_eps: float = 1e-5
     """Added to the variance in every norm; torchvision's published v1 weights want 0."""
     anchors_rounded: bool = True

@@ -1,21 +1,44 @@
 """A convolution with its norm and ReLU, and the folding of the norm into the convolution.
 
-Training and weight files know convolution and norm; inference runs one convolution with a bias.
+Training and weight files know convolution and norm; where speed counts, inference runs one convolution with a bias.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+NormForm = Literal["frozen", "batch"]
+"""How the norm's two numbers for a channel are applied; the forms differ in the last bit."""
 
 Norm = Callable[[int], nn.Module]
 """Makes the norm of so many channels; it has weight, bias, running_mean, running_var and eps."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+class FixedNorm(nn.Module):
+    """Batch norm (Ioffe & Szegedy 2015) whose statistics stay as they are."""
+
+    def __init__(self, num_channels: int, *, eps: float, form: NormForm) -> None:
+        super().__init__()
+        self.eps = eps
+        self.form = form
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((num_channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = _statistics(self)
+        if self.form == "batch":
+            return F.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+        scale = weight * (variance + self.eps).rsqrt()
+        shift = bias - mean * scale
+        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])  # two roundings, as torchvision's frozen norm
 
 
 class ConvNorm(nn.Module):
@@ -58,9 +81,11 @@ def folded(module: _Module) -> _Module:
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
     # in float64: each folded weight is rounded once
-    weight, bias, mean, variance = (
-        norm.get_buffer(name).double() for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    weight, bias, mean, variance = (value.double() for value in _statistics(norm))
     scale = weight * (variance + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
     conv.bias = nn.Parameter((bias - mean * scale).to(conv.weight.dtype))
     conv.weight = nn.Parameter((conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype))
+
+
+def _statistics(norm: nn.Module) -> list[Tensor]:
+    return [norm.get_buffer(name) for name in ("weight", "bias", "running_mean", "running_var")]

@@ -6,7 +6,7 @@ filled. Boxes, anchors and scores are float32 whatever the precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from model import transform
 from model.anchors import cell_anchors
 from model.box_head import Chosen, choose
 from model.config import ModelConfig, Recipe
+from model.exact_roi_align import exact_roi_align
 from model.network import Network, Precision, ready_to_run
 from model.rle import encode_detections
 from model.roi_align import multilevel_roi_align
@@ -63,8 +64,14 @@ class MaskRCNN:
         sha256: str,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
+        exact: bool | None = None,
     ) -> None:
-        """`network` is kept as it is; what runs is a folded copy. `sha256` is that of the weight file's bytes."""
+        """`network` is kept as it is and a copy runs; `sha256` is that of the weight file's bytes.
+
+        `exact` asks for torchvision's order of computation, which on a CPU gives its boxes and scores to the last bit
+        and takes half as long again; without it results differ by rounding, which now and then tips a close decision.
+        By default fp32 on a CPU is exact.
+        """
         self.network = network
         self.config = config
         self.recipe = recipe
@@ -75,8 +82,9 @@ class MaskRCNN:
         self.precision: Precision = precision
         self.batch_size = 16 if self.device.type == "cuda" else 1
         """Images of one padded size to give `detect` at a time. On a CPU more gain nothing: caches overflow sooner."""
-        self.running = ready_to_run(network, self.device, precision)
-        """The copy that runs: folded, on the device, in the precision."""
+        self.exact = (self.device.type == "cpu" and precision == "fp32") if exact is None else exact
+        self.running = ready_to_run(network, self.device, precision, exact=self.exact)
+        """The copy that runs."""
         self._cells = [
             cell_anchors(size, config.aspect_ratios, rounded=recipe.anchors_rounded).to(self.device)
             for size in config.anchor_sizes
@@ -107,7 +115,7 @@ class MaskRCNN:
         resized_sizes = torch.tensor(resized, dtype=torch.float32, device=self.device)  # (N, 2)
         image_sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (N, 2)
 
-        levels = self.running.fpn(self.running.body(pixels.to(self._trunk_dtype)))
+        levels = self.running.fpn(self.running.body(self._laid_out(pixels)))
         proposals = self._propose(levels, padded, resized_sizes)
         chosen = self._choose(levels, proposals, resized_sizes, threshold)
         mask_logits = self._mask_logits(levels, chosen)
@@ -160,7 +168,13 @@ class MaskRCNN:
     ) -> Chosen:
         num_images, num_places = proposals.valid.shape
         image_index = torch.arange(num_images, device=self.device).repeat_interleave(num_places)  # (N P,)
-        region_features = self._pool(levels, proposals.boxes.flatten(0, 1), image_index, self.config.box_resolution)
+        region_features = self._pool(
+            exact_roi_align if self.exact else multilevel_roi_align,
+            levels,
+            proposals.boxes.flatten(0, 1),
+            image_index,
+            self.config.box_resolution,
+        )
         class_logits, deltas = self.running.box_head(region_features)
         return choose(
             class_logits,
@@ -175,13 +189,21 @@ class MaskRCNN:
         """(N, D, M, M); the head sees only the places that are filled."""
         image_index, place = chosen.valid.nonzero(as_tuple=True)
         resolution = self.config.mask_resolution
-        region_features = self._pool(levels, chosen.boxes[image_index, place], image_index, resolution)
+        boxes = chosen.boxes[image_index, place]
+        region_features = self._pool(multilevel_roi_align, levels, boxes, image_index, resolution)
         mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, 2 * resolution, 2 * resolution)
         mask_logits[image_index, place] = self.running.mask_head(region_features, chosen.labels[image_index, place])
         return mask_logits
 
-    def _pool(self, levels: Sequence[Tensor], boxes: Tensor, image_index: Tensor, resolution: int) -> Tensor:
-        return multilevel_roi_align(
+    def _pool(
+        self,
+        align: Callable[..., Tensor],
+        levels: Sequence[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        resolution: int,
+    ) -> Tensor:
+        return align(
             levels[: len(POOLED_STRIDES)],
             POOLED_STRIDES,
             boxes,
@@ -191,9 +213,10 @@ class MaskRCNN:
             aligned=self.recipe.roi_aligned,
         )
 
-    @property
-    def _trunk_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+    def _laid_out(self, pixels: Tensor) -> Tensor:
+        """In the dtype and memory format the body runs in, which those of all that follows are taken from."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return pixels.to(dtype, memory_format=torch.contiguous_format if self.exact else torch.channels_last)
 
     def _resized_size(self, size: ImageSize) -> ImageSize:
         return transform.resized_size(size, min_size=self.config.min_size, max_size=self.config.max_size)

@@ -1,21 +1,20 @@
 """The parameters of a Mask R-CNN, part by part, and the copy of them that runs.
 
-`Network` is what is trained and stored. `ready_to_run` folds a copy's norms and lays it on a device in a precision.
+`Network` is what is trained and stored. `ready_to_run` makes the copy that runs on a device in a precision.
 """
 
 from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
-from model.box_head import BoxHead
+from model.box_head import BoxHead, first_layer_as_convolution
 from model.config import ModelConfig, Recipe
-from model.conv_norm import folded
+from model.conv_norm import FixedNorm, folded
 from model.fpn import FPN
 from model.mask_head import MaskHead
 from model.resnet import ResNet, resnet18, resnet50
@@ -23,6 +22,8 @@ from model.rpn import RPNHead
 
 Precision = Literal["fp32", "bf16"]
 """Of the convolutions and linear layers."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Network(nn.Module):
@@ -39,7 +40,7 @@ class Network(nn.Module):
 
 def build_network(config: ModelConfig, recipe: Recipe) -> Network:
     """The parts a config asks for, their parameters not yet set to anything."""
-    norm = partial(FrozenBatchNorm2d, eps=recipe.norm_eps)
+    norm = partial(FixedNorm, eps=recipe.norm_eps, form=recipe.norm)
     head_norm = norm if config.head_norm else None
     body = resnet18(norm=norm) if config.body == "resnet18" else resnet50(norm=norm)
     num_convs, num_fcs = (0, 2) if config.box_head == "2fc" else (4, 1)
@@ -70,17 +71,36 @@ def build_network(config: ModelConfig, recipe: Recipe) -> Network:
     )
 
 
-def ready_to_run(network: Network, device: torch.device, precision: Precision) -> Network:
-    """A folded, channels-last copy; in bf16 the box head's outputs stay float32, for scores and boxes hang on them."""
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no CUDA device; use device='cpu'")
-    running = folded(network).eval().requires_grad_(False)
+def ready_to_run(network: Network, device: torch.device, precision: Precision, *, exact: bool) -> Network:
+    """The copy of `network` that runs.
+
+    Exact, what boxes and scores come from is computed in the order torchvision computes it, on a CPU to the last bit.
+    Otherwise norms are folded, everything is channels-last, and in bf16 all but the box head's outputs is bfloat16:
+    scores and boxes hang on them. The mask head is never exact; a mask's threshold is not that sharp.
+    """
+    _check_run(device, precision, exact=exact)
+    running = copy.deepcopy(network).eval()
+    running.mask_head = _channels_last(folded(running.mask_head))
+    if not exact:
+        first_layer_as_convolution(running.box_head)
+        running = _channels_last(folded(running))
     if precision == "bf16":
         outputs = copy.deepcopy((running.box_head.class_logits, running.box_head.deltas))
         running.to(torch.bfloat16)
         running.box_head.class_logits, running.box_head.deltas = outputs
-    return running.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return running.requires_grad_(False).to(device)
+
+
+def _check_run(device: torch.device, precision: Precision, *, exact: bool) -> None:
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be fp32 or bf16, got {precision!r}")
+    if exact and precision != "fp32":
+        raise ValueError(f"exact needs precision fp32, got {precision}; leave exact out")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no CUDA device; use device='cpu'")
+
+
+def _channels_last(module: _Module) -> _Module:
+    return module.to(memory_format=torch.channels_last)

@@ -75,7 +75,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, Recipe]:
     # A frozen norm counts no batches. torchvision's published v1 weights were trained with an eps of 0 in theirs, and
     # what is tuned from them keeps it; BatchNorm2d has the default.
     counts_batches = any(name.endswith(".num_batches_tracked") for name in tensors)
-    recipe = Recipe(norm_eps=1e-5 if counts_batches else 0.0)
+    recipe = Recipe() if counts_batches else Recipe(norm="frozen", norm_eps=0.0)
     if "roi_heads.box_head.5.weight" in tensors:
         config = replace(config, fpn_norm=True, rpn_convs=2, box_head="4conv1fc", head_norm=True)
         recipe = Recipe()

@@ -1,6 +1,6 @@
 """From images to the network's input: normalise, resize, pad; and the sizes that follow from an image's.
 
-uint8 RGB (H, W, 3) arrays enter; one channels-last float (N, 3, H, W) tensor leaves.
+uint8 RGB (H, W, 3) arrays enter; one float (N, 3, H, W) tensor leaves.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def to_input(
     device: torch.device,
 ) -> Tensor:
     """(N, 3, H, W) the images at `sizes` in the upper left of `padded`, zeros around them."""
-    shape = (len(images), 3, *padded)
-    batch = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+    batch = torch.zeros((len(images), 3, *padded), device=device)
     mean = torch.tensor(recipe.pixel_mean, device=device)
     std = torch.tensor(recipe.pixel_std, device=device)
     for place, image, size in zip(batch, images, sizes, strict=True):

@@ -51,9 +51,14 @@ class WeightsInfo:
 
 
 def load(
-    source: Source, device: str | torch.device = "cpu", precision: Precision = "fp32", *, name: str | None = None
+    source: Source,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+    *,
+    exact: bool | None = None,
+    name: str | None = None,
 ) -> MaskRCNN:
-    """A network ready to run from a weight file; ValueError if the file does not fit."""
+    """A network ready to run from a weight file; ValueError if the file does not fit. For `exact` see `MaskRCNN`."""
     info, tensors = _read(source, name)
     with torch.device("meta"):
         network = build_network(info.config, info.recipe)
@@ -67,6 +72,7 @@ def load(
         sha256=info.sha256,
         device=device,
         precision=precision,
+        exact=exact,
     )
 
 

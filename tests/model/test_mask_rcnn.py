@@ -40,16 +40,17 @@ def test_agrees_with_torchvision_on_small_inputs(version: str) -> None:
     images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
     theirs = torchvision_network(version, images[0], min_size=160, max_size=256, proposals=200)
     loaded = _loaded(theirs)
-    ours = _changed(
-        loaded,
-        config=replace(loaded.config, min_size=160, max_size=256),
-        recipe=replace(loaded.recipe, rpn_post_nms=200),
-    )
+    config = replace(loaded.config, min_size=160, max_size=256)
+    recipe = replace(loaded.recipe, rpn_post_nms=200)
+    exact, folded = (_changed(loaded, config=config, recipe=recipe, exact=exact) for exact in (True, False))
     for image in images:
         expected = predict(theirs, image)
         assert len(expected["labels"]) == 100
-        (found,) = ours.predict([image])
-        assert compare(found, expected).is_within()
+        difference = compare(exact.predict([image])[0], expected)
+        assert difference.is_within()
+        assert (difference.box, difference.score) == (0.0, 0.0)
+        rounded = compare(folded.predict([image])[0], expected)
+        assert rounded.count + rounded.unmatched <= 3  # decisions so close that rounding tips them
 
 
 @pytest.mark.slow
@@ -179,9 +180,6 @@ def test_bf16_keeps_boxes_and_scores_in_float32(small_net: MaskRCNN) -> None:
     half = _changed(small_net, precision="bf16")
     raw = half.detect([image])
     assert {raw.boxes.dtype, raw.scores.dtype, raw.mask_logits.dtype} == {torch.float32}
-    assert next(half.running.body.parameters()).dtype == torch.bfloat16
-    assert half.running.box_head.deltas.weight.dtype == torch.float32
-    assert small_net.running.body.stem.conv.weight.dtype == torch.float32
     fraction = raw.boxes[raw.valid].remainder(1)
     assert len(set(fraction.flatten().tolist())) > 50  # coordinates rounded to bfloat16 would be whole above 128
     (exact,), (rounded,) = small_net.predict([image]), half.encode(raw)
@@ -213,21 +211,6 @@ def test_bad_thresholds_are_refused(small_net: MaskRCNN, threshold: float) -> No
 def test_a_batch_of_several_padded_sizes_is_refused(small_net: MaskRCNN) -> None:
     with pytest.raises(ValueError, match="one padded size, got 2"):
         small_net.detect([drawn_image(100, 160), drawn_image(160, 100)])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"precision": "fp16"}, "fp32 or bf16"), ({"device": "meta"}, "cpu or cuda")],
-)
-def test_bad_devices_and_precisions_are_refused(small_net: MaskRCNN, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        _changed(small_net, **change)
-
-
-def test_a_missing_gpu_is_refused_with_the_way_out(small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="no CUDA device; use device='cpu'"):
-        _changed(small_net, device="cuda")
 
 
 @pytest.mark.gpu

@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 import torchvision
-from torchvision.ops import FrozenBatchNorm2d
 
 from model.config import R50_FPN
+from model.conv_norm import FixedNorm
 from model.resnet import ResNet, resnet18, resnet50
 from model.torchvision_weights import torchvision_name
 
-NORM = partial(FrozenBatchNorm2d, eps=1e-5)
+NORM = partial(FixedNorm, eps=1e-5, form="batch")
 
 
 @pytest.mark.parametrize(("make", "last"), [(resnet18, 512), (resnet50, 2048)])

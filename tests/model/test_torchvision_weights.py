@@ -48,7 +48,8 @@ def test_versions_are_recognised_with_their_recipes() -> None:
 
 
 def test_frozen_norms_are_those_of_the_published_v1() -> None:
-    assert model.describe(_file(_without_counters(_tensors("v1")))).recipe.norm_eps == 0.0
+    recipe = model.describe(_file(_without_counters(_tensors("v1")))).recipe
+    assert (recipe.norm, recipe.norm_eps) == ("frozen", 0.0)
 
 
 def test_the_names_of_the_first_published_file_are_read() -> None:

@@ -83,9 +83,3 @@ def test_any_memory_layout_will_do() -> None:
     flipped_twice = np.ascontiguousarray(image[::-1])[::-1]
     for same in (frozen, flipped_twice, np.asfortranarray(image)):
         assert torch.equal(_input(same, size, padded), expected)
-
-
-def test_batch_is_channels_last() -> None:
-    size = ImageSize(32, 32)
-    batch = to_input([drawn_image(32, 32)] * 2, [size] * 2, padded=size, recipe=RECIPE, device=torch.device("cpu"))
-    assert batch.is_contiguous(memory_format=torch.channels_last)

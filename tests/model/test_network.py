@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model import MaskRCNN
+from model.conv_norm import FixedNorm
+from model.network import Precision, ready_to_run
+
+CPU = torch.device("cpu")
+
+
+def test_what_runs_is_a_copy(small_net: MaskRCNN) -> None:
+    before = {name: value.clone() for name, value in small_net.network.state_dict().items()}
+    running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
+    for value in running.parameters():
+        value.zero_()
+    after = small_net.network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_folded_networks_have_no_norms(small_net: MaskRCNN) -> None:
+    folded = ready_to_run(small_net.network, CPU, "fp32", exact=False)
+    exact = ready_to_run(small_net.network, CPU, "fp32", exact=True)
+    assert not any(isinstance(part, FixedNorm) for part in folded.modules())
+    assert any(isinstance(part, FixedNorm) for part in exact.modules())
+
+
+@torch.inference_mode()
+def test_folding_keeps_every_part(small_net: MaskRCNN) -> None:
+    folded = ready_to_run(small_net.network, CPU, "fp32", exact=False)
+    exact = ready_to_run(small_net.network, CPU, "fp32", exact=True)
+    torch.manual_seed(0)
+    for one, other in zip(folded.fpn(folded.body(IMAGES)), exact.fpn(exact.body(IMAGES)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    regions = torch.randn(5, 128, 7, 7)
+    for one, other in zip(folded.box_head(regions), exact.box_head(regions), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 96).view(2, 3, 64, 96)
+
+
+def test_in_bf16_the_outputs_of_the_box_head_stay_float32(small_net: MaskRCNN) -> None:
+    running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
+    full = [name for name, value in running.named_parameters() if value.dtype == torch.float32]
+    assert full == [f"box_head.{layer}.{name}" for layer in ("class_logits", "deltas") for name in ("weight", "bias")]
+    assert {value.dtype for value in small_net.running.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "exact", "message"),
+    [
+        ("cpu", "fp16", False, "fp32 or bf16"),
+        ("cpu", "bf16", True, "exact needs precision fp32"),
+        ("meta", "fp32", False, "cpu or cuda"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    small_net: MaskRCNN, device: str, precision: Precision, exact: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        ready_to_run(small_net.network, torch.device(device), precision, exact=exact)
+
+
+def test_a_missing_gpu_is_refused_with_the_way_out(small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA device; use device='cpu'"):
+        ready_to_run(small_net.network, torch.device("cuda"), "bf16", exact=False)
