@@ -21,28 +21,67 @@ AHEAD_CHUNKS = 16
 """Elements handed over at a time, and how many such chunks an ``Ahead`` may hold."""
 
 
-def in_order(calls: Iterable[tuple[int, Callable[[], T]]], threads: int, max_bytes: int) -> Iterator[T]:
-    """At most ``2 * threads`` answers and, beyond the first, ``max_bytes`` of them wait at any time."""
+def in_order(
+    calls: Iterable[tuple[int, Callable[[], T]]], threads: int, max_bytes: int, *, per_task: int = 1
+) -> Iterator[T]:
+    """Answers of calls that threads of their own make ahead, in order.
+
+    At most ``2 * threads`` tasks and, beyond the first, ``max_bytes`` of answers wait at any time.
+    """
     if threads <= 1:
         for _, call in calls:
             yield call()
         return
-    pending: deque[tuple[int, Future[T]]] = deque()
-    waiting_bytes = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        try:
-            for size, call in calls:
-                while pending and (len(pending) >= 2 * threads or waiting_bytes + size > max_bytes):
-                    done_size, done = pending.popleft()
-                    waiting_bytes -= done_size
-                    yield done.result()
-                pending.append((size, pool.submit(call)))
-                waiting_bytes += size
-            while pending:
-                yield pending.popleft()[1].result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        yield from on_pool(calls, pool, 2 * threads * per_task, max_bytes, per_task=per_task)
+
+
+def on_pool(
+    calls: Iterable[tuple[int, Callable[[], T]]],
+    pool: ThreadPoolExecutor,
+    max_waiting: int,
+    max_bytes: int,
+    *,
+    per_task: int = 1,
+) -> Iterator[T]:
+    """Answers of calls that a pool makes ahead, in order; at most ``max_waiting``, and ``max_bytes``, of them wait.
+
+    A thread makes ``per_task`` calls in a row: handing over costs about as much as reading a small file.
+    """
+    pending: deque[tuple[int, int, Future[list[T]]]] = deque()
+    waiting = waiting_bytes = 0
+    try:
+        for size, task in _tasks(calls, per_task, max_bytes // 16):
+            while pending and (waiting + len(task) > max_waiting or waiting_bytes + size > max_bytes):
+                count, num_bytes, done = pending.popleft()
+                waiting, waiting_bytes = waiting - count, waiting_bytes - num_bytes
+                yield from done.result()
+            pending.append((len(task), size, pool.submit(_call_all, task)))
+            waiting, waiting_bytes = waiting + len(task), waiting_bytes + size
+        while pending:
+            yield from pending.popleft()[2].result()
+    finally:
+        for _, _, future in pending:
+            future.cancel()
+
+
+def _tasks(
+    calls: Iterable[tuple[int, Callable[[], T]]], per_task: int, max_bytes: int
+) -> Iterator[tuple[int, list[Callable[[], T]]]]:
+    task: list[Callable[[], T]] = []
+    total = 0
+    for size, call in calls:
+        task.append(call)
+        total += size
+        if len(task) == per_task or total >= max_bytes:
+            yield total, task
+            task, total = [], 0
+    if task:
+        yield total, task
+
+
+def _call_all(task: list[Callable[[], T]]) -> list[T]:
+    return [call() for call in task]
 
 
 class Ahead(Generic[T]):

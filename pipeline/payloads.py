@@ -24,6 +24,9 @@ from pipeline.zip_archive import read_zip
 
 Payload = bytes | DecodeError
 
+FILES_PER_TASK = 4
+"""Loose files that a thread reads in a row."""
+
 READ_AHEAD_BYTES = 256 * 1024 * 1024
 """Payloads of loose files that wait for their turn, at most; one larger than this waits alone."""
 
@@ -56,7 +59,7 @@ def _read_run(kind: str, container: str, items: list[Item], limits: ArchiveLimit
     fitting = [item for item in items if item.bytes <= limits.max_image_bytes]
     if kind == "file":
         calls = ((max(item.bytes, 0), partial(_read_loose, item.container, limits)) for item in fitting)
-        payloads = in_order(calls, threads, READ_AHEAD_BYTES)
+        payloads = in_order(calls, threads, READ_AHEAD_BYTES, per_task=FILES_PER_TASK)
     else:
         payloads = iter(_read_members(kind, container, fitting, limits, threads))
     for item in items:

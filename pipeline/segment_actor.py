@@ -6,19 +6,16 @@ No pixels leave the process, and whatever waits is bounded in bytes.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
+from typing import Literal, TypeVar
 
 from model.structures import Detections, ImageSize
 from pipeline import commits, decode, results
@@ -27,8 +24,9 @@ from pipeline.batching import DecodedImage, batches
 from pipeline.commits import Commit
 from pipeline.decode import ImageHeader
 from pipeline.errors import DecodeError
-from pipeline.isolated_decoder import IsolatedDecoder
+from pipeline.isolated_decoder import Decode, IsolatedDecoder
 from pipeline.model_thread import ModelThread, Segmenter
+from pipeline.ordered_reads import on_pool
 from pipeline.results import ShardRows
 from pipeline.shard_attempts import ActorConfig, ActorProgress, Attempt, ShardOutcome, StageSeconds
 from pipeline.shards import Shard
@@ -37,6 +35,12 @@ logger = logging.getLogger(__name__)
 
 BATCHES_IN_FLIGHT = 2
 """One in the model, one ready behind it."""
+
+IMAGES_PER_TASK = 4
+"""Images that a decode thread takes at a time."""
+
+T = TypeVar("T")
+Payloads = Iterator[tuple[int, bytes | DecodeError]]
 
 
 class SegmentActor:
@@ -106,12 +110,11 @@ class SegmentActor:
     def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
         """Give every item of the shard its row."""
         config, segmenter = self.config, self._model.segmenter
-        payloads = _timed(
-            read_images(rows.items, limits=config.archive_limits, threads=config.fetch_threads), stages, "fetch"
-        )
-        decoded = self._decode_isolated(payloads, rows) if attempt.suspect else self._decode(payloads, rows, stages)
+        fetched = read_images(rows.items, limits=config.archive_limits, threads=config.fetch_threads)
+        payloads = _timed(fetched, stages, "fetch")
+        decoded = self._decode_isolated(payloads, rows) if attempt.suspect else self._decode(payloads, rows)
         batched = batches(
-            decoded,
+            _timed(decoded, stages, "decode"),
             batch_size=1 if attempt.suspect else segmenter.batch_size,
             shape_of=lambda image: segmenter.padded_size(ImageSize(*image.pixels.shape[:2])),
             max_waiting_bytes=config.max_decoded_bytes // 2,
@@ -123,40 +126,38 @@ class SegmentActor:
                 self._collect(*in_flight.popleft(), rows, stages)
         while in_flight:
             self._collect(*in_flight.popleft(), rows, stages)
+        stages.decode -= stages.fetch  # which it waited for in its turn
 
-    def _decode(
-        self, payloads: Iterable[tuple[int, bytes | DecodeError]], rows: ShardRows, stages: StageSeconds
-    ) -> Iterator[DecodedImage]:
+    def _decode(self, payloads: Payloads, rows: ShardRows) -> Iterator[DecodedImage]:
         """Decode on threads, in order, in a window bounded by the bytes of its pixels. Bad images become rows here."""
-        window: deque[tuple[int, int, ImageHeader, Future[NDArray[np.uint8]]]] = deque()
-        window_bytes = 0
-        max_images = 2 * self._model.segmenter.batch_size + 2 * self.config.decode_threads
-        for index, data in itertools.chain(payloads, _END):
-            if data is not None:
-                try:
-                    if isinstance(data, DecodeError):
-                        raise data
-                    header = decode.inspect(data, self.config.decode_limits)
-                except DecodeError as error:
-                    self._add_failed(rows, index, error, data)
-                    continue
-                window.append((index, len(data), header, self._decoders.submit(self.config.decode, data, header)))
-                window_bytes += _decoded_bytes(header)
-            while window and (data is None or window_bytes > self.config.max_decoded_bytes or len(window) > max_images):
-                first, num_bytes, header, future = window.popleft()
-                window_bytes -= _decoded_bytes(header)
-                waited = time.perf_counter()
-                failure = future.exception()
-                stages.decode += time.perf_counter() - waited
-                if isinstance(failure, DecodeError):
-                    self._add_failed(rows, first, failure, num_bytes)
-                    continue
-                pixels = future.result()
-                yield DecodedImage(index=first, pixels=pixels, orientation=header.orientation, num_bytes=num_bytes)
+        decoded = on_pool(
+            self._decode_calls(payloads, rows),
+            self._decoders,
+            2 * self._model.segmenter.batch_size + 2 * IMAGES_PER_TASK * self.config.decode_threads,
+            self.config.max_decoded_bytes,
+            per_task=IMAGES_PER_TASK,
+        )
+        for image in decoded:
+            if isinstance(image, DecodedImage):
+                yield image
+            else:
+                self._add_failed(rows, *image)
 
-    def _decode_isolated(
-        self, payloads: Iterable[tuple[int, bytes | DecodeError]], rows: ShardRows
-    ) -> Iterator[DecodedImage]:
+    def _decode_calls(
+        self, payloads: Payloads, rows: ShardRows
+    ) -> Iterator[tuple[int, Callable[[], DecodedImage | tuple[int, DecodeError, int]]]]:
+        """What is to be decoded, with the bytes of its pixels, known from its header."""
+        for index, data in payloads:
+            try:
+                if isinstance(data, DecodeError):
+                    raise data
+                header = decode.inspect(data, self.config.decode_limits)
+            except DecodeError as error:
+                self._add_failed(rows, index, error, data)
+            else:
+                yield _decoded_bytes(header), partial(_decode_one, self.config.decode, index, data, header)
+
+    def _decode_isolated(self, payloads: Payloads, rows: ShardRows) -> Iterator[DecodedImage]:
         """Decode one image at a time in a child process."""
         config = self.config
         with IsolatedDecoder(
@@ -222,17 +223,22 @@ def _decoded_bytes(header: ImageHeader) -> int:
     return 3 * height * width
 
 
-_END: tuple[tuple[int, None]] = ((-1, None),)
-"""Ends the payloads, so that the decode window drains by the same lines that fill it."""
+def _decode_one(
+    decode_image: Decode, index: int, data: bytes, header: ImageHeader
+) -> DecodedImage | tuple[int, DecodeError, int]:
+    try:
+        pixels = decode_image(data, header)
+    except DecodeError as error:
+        return index, error, len(data)
+    return DecodedImage(index=index, pixels=pixels, orientation=header.orientation, num_bytes=len(data))
 
 
-def _timed(
-    payloads: Iterator[tuple[int, bytes | DecodeError]], stages: StageSeconds, stage: Literal["fetch"]
-) -> Iterator[tuple[int, bytes | DecodeError]]:
+def _timed(source: Iterator[T], stages: StageSeconds, stage: Literal["fetch", "decode"]) -> Iterator[T]:
+    """The source's elements; the time it takes to give them is added to the stage."""
     while True:
         started = time.perf_counter()
-        item = next(payloads, None)
+        element = next(source, None)
         setattr(stages, stage, getattr(stages, stage) + time.perf_counter() - started)
-        if item is None:
+        if element is None:
             return
-        yield item
+        yield element

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from pipeline.ordered_reads import AHEAD_CHUNK, AHEAD_CHUNKS, Ahead, in_order
+from pipeline.ordered_reads import AHEAD_CHUNK, AHEAD_CHUNKS, Ahead, in_order, on_pool
 
 
 def test_calls_made_ahead_keep_their_order_and_their_bounds() -> None:
@@ -32,6 +32,13 @@ def test_calls_made_ahead_keep_their_order_and_their_bounds() -> None:
         seen.append(answer)
     assert seen == list(range(200))
     assert state["most"] <= 60  # max_bytes, and the one being handed out
+
+
+def test_several_calls_in_a_row_on_one_thread_change_nothing_else() -> None:
+    calls = [(index % 7, partial(int, index)) for index in range(101)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(on_pool(iter(calls), pool, 12, 40, per_task=4)) == list(range(101))
+        assert list(on_pool(iter([]), pool, 12, 40, per_task=4)) == []
 
 
 def test_a_failing_call_is_raised_in_its_turn() -> None:

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 
-from pipeline import progress
 from pipeline.progress import ProgressView
 from pipeline.schedule import Tick
 
@@ -20,7 +20,7 @@ TICK = Tick(shards_done=1, images_done=50, images_failed=2, actors_up=1, actors_
 
 def test_a_log_gets_a_plain_line_at_most_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     log = io.StringIO()
     with ProgressView(200, 4, log) as view:
         for second in range(31):
