@@ -1,17 +1,11 @@
-"""The command ``maskline``: a subcommand for each file of this folder.
-
-Exit 0: every planned image has a committed row. 1: some shard has none. 2: the request is wrong; nothing was started.
-"""
+"""The command ``maskline``: a subcommand for each file of this folder."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 
-import tyro
-
-from pipeline.errors import ConfigError, PipelineError
+from jobs.command import run
 
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
@@ -24,19 +18,13 @@ COMMANDS = {
 
 def main() -> None:
     """Run one subcommand and end with its exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("stamina").setLevel(logging.ERROR)  # pipeline/retry.py says once what stamina says each time
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
         _usage(arguments)
     name, *rest = arguments
     module_name, config_name = COMMANDS[name]
     module = importlib.import_module(module_name)
-    try:
-        module.main(tyro.cli(getattr(module, config_name), args=rest, prog=f"maskline {name}"))
-    except PipelineError as error:
-        print(f"maskline {name}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    run(name, getattr(module, config_name), module.main, rest)
 
 
 def _usage(arguments: list[str]) -> None:

@@ -17,8 +17,8 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +28,24 @@ import numpy as np
 import ray
 import torch
 import torchvision
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import model
-from jobs import ray_data_peer
-from jobs.segment import SegmentConfig, load_weights, segment
+from jobs import bare_loop_peer, ray_data_peer
+from jobs.command import run
+from jobs.segment import SegmentConfig, segment
 from model.structures import Detections, ImageSize
-from pipeline import cluster, decode
-from pipeline.batching import DecodedImage, batches
+from pipeline import cluster
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Pixels
 from pipeline.scenes import draw_scene
 from pipeline.workers import ACTOR_ENVIRONMENT
 
 Part = Literal["pipeline", "end_to_end"]
+
+PIPELINE_SHARD, MODEL_SHARD = 500, 10
+"""Images in a shard, so that each run has several."""
 
 DRAWN_IMAGES = 100
 """Distinct images drawn when no folder is given."""
@@ -58,7 +60,7 @@ class BenchmarkConfig:
     images: str | None = None
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
     num_images: int = 5_000
-    """For the pipeline part: the folder's images are linked under new names until there are so many."""
+    """For the pipeline part: the folder's images are copied under new names until there are so many."""
     num_model_images: int = 40
     """For the end to end part."""
     weights: str | None = None
@@ -118,7 +120,7 @@ def measure_pipeline(folder: Path, work: Path, weights: Path, repeats: int) -> l
     """The no-op pipeline of ours, and of Ray Data in two forms, turn about."""
     count = sum(1 for _ in folder.iterdir())
     systems: dict[str, Callable[[Path], float]] = {
-        "maskline": functools.partial(_run_maskline, str(folder), str(weights), NoOpSegmenter, None),
+        "maskline": functools.partial(_run_maskline, str(folder), str(weights), NoOpSegmenter, "cpu", PIPELINE_SHARD),
         "ray data, read_images": functools.partial(ray_data_peer.run, str(folder), best=False),
         "ray data, read_binary_files": functools.partial(ray_data_peer.run, str(folder), best=True),
     }
@@ -131,21 +133,23 @@ def measure_end_to_end(config: BenchmarkConfig, folder: Path, work: Path, weight
     """The whole of ours with a real network, and a bare loop of the same network over pixels in memory."""
     device = cluster.choose_device(config.device, None)
     precision: Literal["fp32", "bf16"] = "bf16" if device == "cuda" else "fp32"
-    load = functools.partial(load_weights, weights.read_bytes(), weights.name, device, precision)
-    cpus = float(os.cpu_count() or 1)
-    loop = ray.remote(ModelLoop).options(
+    load = functools.partial(
+        bare_loop_peer.load_warm, weights.read_bytes(), str(next(folder.iterdir())), device, precision
+    )
+    cpus = os.cpu_count() or 1
+    loop = ray.remote(bare_loop_peer.ModelLoop).options(
         num_cpus=0, num_gpus=0 if device == "cpu" else 1, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
     )
     paths = sorted(folder.iterdir())
 
     def run_loop(_: Path) -> float:
-        actor = loop.remote(weights.read_bytes(), device, precision, int(cpus), [str(path) for path in paths])
+        actor = loop.remote(weights.read_bytes(), device, precision, cpus, [str(path) for path in paths])
         seconds: float = ray.get(actor.run.remote())
         ray.kill(actor)
         return seconds
 
     systems: dict[str, Callable[[Path], float]] = {
-        "maskline": functools.partial(_run_maskline, str(folder), str(weights), load, device),
+        "maskline": functools.partial(_run_maskline, str(folder), str(weights), load, device, MODEL_SHARD),
         "bare model loop": run_loop,
     }
     outputs = (work / f"end-to-end-{number}" for number in itertools.count())
@@ -155,63 +159,37 @@ def measure_end_to_end(config: BenchmarkConfig, folder: Path, work: Path, weight
     ]
 
 
-class ModelLoop:
-    """The bare loop: images decoded and grouped beforehand, then nothing but ``predict``."""
-
-    def __init__(
-        self, weights: bytes, device: cluster.Device, precision: Literal["fp32", "bf16"], threads: int, paths: list[str]
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.net = model.load(weights, device=device, precision=precision)
-        limits = decode.DecodeLimits()
-        payloads = [Path(path).read_bytes() for path in paths]
-        images = [
-            DecodedImage(
-                index=index, pixels=decode.decode(data, decode.inspect(data, limits)), orientation=1, num_bytes=0
-            )
-            for index, data in enumerate(payloads)
-        ]
-        grouped = batches(
-            images,
-            batch_size=self.net.batch_size,
-            shape_of=lambda image: self.net.padded_size(ImageSize(*image.pixels.shape[:2])),
-            max_waiting_bytes=2**40,
-        )
-        self.batches = [[image.pixels for image in batch] for batch in grouped]
-        self.net.predict(self.batches[0], score_threshold=0.5)  # warm-up
-
-    def run(self) -> float:
-        """Seconds for all batches."""
-        started = time.perf_counter()
-        for batch in self.batches:
-            self.net.predict(batch, score_threshold=0.5)
-        return time.perf_counter() - started
-
-
 def _take_turns(
     systems: dict[str, Callable[[Path], float]], outputs: Iterator[Path], repeats: int
 ) -> dict[str, tuple[float, ...]]:
     """Each system in turn, so that a slow minute of the machine meets them all."""
     seconds: dict[str, list[float]] = {system: [] for system in systems}
     for _ in range(repeats):
-        for system, run in systems.items():
-            seconds[system].append(run(next(outputs)))
+        for system, measure in systems.items():
+            seconds[system].append(measure(next(outputs)))
     return {system: tuple(times) for system, times in seconds.items()}
 
 
 def _run_maskline(
-    folder: str, weights: str, load_segmenter: Callable[[], Any], device: cluster.Device | None, output: Path
+    folder: str,
+    weights: str,
+    load_segmenter: Callable[[], Any],
+    device: cluster.Device,
+    images_per_shard: int,
+    output: Path,
 ) -> float:
     config = SegmentConfig(
-        inputs=(folder,), output=str(output), weights=weights, device=device or "cpu", images_per_shard=500
+        inputs=(folder,), output=str(output), weights=weights, device=device, images_per_shard=images_per_shard
     )
     summary = segment(config, load_segmenter)
+    summary.raise_if_incomplete()
     assert summary.images_failed == 0, summary.failed_by_reason
+    print(f"{summary.instances / summary.images_ok:.1f} instances per image", file=sys.stderr)
     return summary.plan_seconds + summary.run_seconds
 
 
-def link_images(source: str | None, folder: Path, count: int) -> Path:
-    """A folder of ``count`` JPEGs: those of ``source``, or drawn ones, linked under new names as often as needed."""
+def copy_images(source: str | None, folder: Path, count: int) -> Path:
+    """A folder of ``count`` JPEGs: those of ``source``, or drawn ones, copied under new names as often as needed."""
     folder.mkdir(parents=True)
     originals = _draw_images(folder.parent / "drawn") if source is None else sorted(Path(source).glob("*.jp*g"))
     if not originals:
@@ -252,23 +230,24 @@ def main(config: BenchmarkConfig) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
         work = Path(name)
-        weights = _weights(config, work)
+        first = copy_images(config.images, work / "first", 1) / "000000.jpg"
+        weights = _weights(config, work, first)
         if "pipeline" in config.parts:
-            folder = link_images(config.images, work / "many", config.num_images)
+            folder = copy_images(config.images, work / "many", config.num_images)
             (work / "warm").mkdir()
             ray_data_peer.warm_up(folder, work / "warm")
             rows += measure_pipeline(folder, work, weights, config.repeats)
         if "end_to_end" in config.parts:
-            folder = link_images(config.images, work / "few", config.num_model_images)
+            folder = copy_images(config.images, work / "few", config.num_model_images)
             rows += measure_end_to_end(config, folder, work, weights)
     _print(rows, config)
 
 
-def _weights(config: BenchmarkConfig, work: Path) -> Path:
+def _weights(config: BenchmarkConfig, work: Path, image: Path) -> Path:
     if config.weights is not None:
         return Path(config.weights)
     path = work / "random-R50-FPN.safetensors"
-    model.save(model.random_network(model.R50_FPN(), seed=0), path)
+    model.save(model.random_network(model.R50_FPN(), seed=0, image=bare_loop_peer.read_pixels(image)), path)
     return path
 
 
@@ -289,4 +268,4 @@ def _print(rows: list[Row], config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig))
+    run("benchmark", BenchmarkConfig, main)

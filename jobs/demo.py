@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pds
-import tyro
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 import model
+from jobs.command import run
 from jobs.segment import SegmentConfig, segment
 from pipeline import decode
 from pipeline.archive import list_images, read_images
@@ -56,6 +56,7 @@ def main(config: DemoConfig) -> None:
     summary = segment(
         SegmentConfig(inputs=(str(archive),), output=str(output), weights=str(weights), images_per_shard=60)
     )
+    summary.raise_if_incomplete()
     if summary.images_planned:
         print(f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.images_per_second:.1f} images/s")
     results = open_results(str(output))
@@ -116,4 +117,4 @@ def _overlay(pixels: NDArray[np.uint8], instances: list[dict[str, Any]]) -> NDAr
 
 
 if __name__ == "__main__":
-    main(tyro.cli(DemoConfig))
+    run("demo", DemoConfig, main)

@@ -9,25 +9,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
 import model
+from jobs.command import run
 from model.weights import WeightsInfo
 from pipeline import cluster, commits, storage
 from pipeline.archive import ArchiveLimits, Listing, list_images
 from pipeline.cluster import Device
 from pipeline.decode import DecodeLimits
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.model_thread import Segmenter
 from pipeline.progress import ProgressView
 from pipeline.results import Results, TableMetadata
 from pipeline.schedule import Schedule, ScheduleConfig
 from pipeline.shard_attempts import ActorConfig
-from pipeline.shards import Plan, Shard, ShardConfig
+from pipeline.shards import Plan, ShardConfig
 from pipeline.summary import Summary
 
 NAMED_WEIGHTS = ("coco",)
@@ -79,6 +81,8 @@ class SegmentConfig:
         if not 0 <= self.score_threshold < 1:
             raise ConfigError(f"score_threshold must lie in [0, 1), got {self.score_threshold}")
         parse_actors(self.actors)
+        if self.cpus_per_actor is not None and self.cpus_per_actor <= 0:
+            raise ConfigError(f"cpus_per_actor must be more than 0, got {self.cpus_per_actor}")
         self.shard_config()
         self.decode_limits()
 
@@ -98,7 +102,8 @@ def parse_actors(actors: str) -> tuple[int, int] | None:
     parts = actors.split(":")
     if len(parts) > 2 or not all(part.isdecimal() for part in parts):
         raise ConfigError(f"actors must be N, MIN:MAX or auto, got {actors!r}")
-    low, high = int(parts[0]), int(parts[-1])
+    high = int(parts[-1])
+    low = int(parts[0]) if len(parts) == 2 else min(1, high)
     ScheduleConfig(min_actors=low, max_actors=high)
     return low, high
 
@@ -108,29 +113,33 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
 
     Raises:
         ConfigError: the request is wrong; nothing was started.
-        ShardError: some shard has no committed rows; the message says how to go on.
     """
     started = time.monotonic()
+    config = replace(config, output=storage.public_uri(config.output))  # absolute: actors have folders of their own
     device = cluster.choose_device(config.device, config.address)
     precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision
     weights, info = read_weights(config.weights)
     metadata = describe_table(config, info, precision)
     plan_started = time.monotonic()
     listing = Listing()
+    committed = commits.read_table(config.output)
     with Plan(
         list_images(config.inputs, exclude=config.output, listing=listing),
-        Results(config.output, commits.read_table(config.output)),
+        Results(config.output, committed),
         weights_sha256=info.sha256,
         settings_hash=metadata.settings_hash,
         config=config.shard_config(),
     ) as plan:
-        summary = Summary.of_plan(plan, config.output)
+        summary = Summary.of_plan(plan, config.output, committed)
         summary.plan_seconds = time.monotonic() - plan_started
         _print_plan(plan, listing, config)
         if config.dry_run or plan.num_images == 0:
             summary.seconds = time.monotonic() - started
             return summary
-        commits.create_table(config.output)
+        try:
+            commits.create_table(config.output)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {config.output}: {error}; check --output") from error
         load = load_segmenter or functools.partial(load_weights, weights, info.name, device, precision)
         _run_plan(config, plan, summary, metadata, load, device)
         summary.seconds = time.monotonic() - started
@@ -138,7 +147,6 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             storage.join(config.output, "_runs", f"{summary.run_id}.json"),
             json.dumps(asdict(summary), indent=1).encode(),
         )
-    summary.raise_if_incomplete()
     return summary
 
 
@@ -152,8 +160,9 @@ def _run_plan(
 ) -> None:
     cluster.connect(config.address)
     shape = cluster.actor_shape(device)
-    cpus = config.cpus_per_actor or shape.cpus
     bounds = parse_actors(config.actors) or (1, max(1, shape.room))
+    cpus = config.cpus_per_actor or shape.cpus_for(bounds[1])
+    attempts = commits.count_attempts(config.output)
     exclusive = storage.honours_create_exclusive(config.output)
     if not exclusive:
         print(f"note: {config.output} does not honour create-only writes: the last writer wins", file=sys.stderr)
@@ -171,18 +180,30 @@ def _run_plan(
             decode_threads=max(2, int(cpus)),
         ),
         ScheduleConfig(min_actors=bounds[0], max_actors=bounds[1], gpus_per_actor=shape.gpus, cpus_per_actor=cpus),
-        is_suspect=functools.partial(_died_before, config.output),
+        is_suspect=lambda shard: attempts[shard.shard_id] >= SUSPECT_AFTER_ATTEMPTS,
     )
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, functools.partial(_request_stop, stop))
-    with ProgressView(plan.num_images, plan.num_shards) as view:
+    with _stop_on_signal() as stop, ProgressView(plan.num_images, plan.num_shards) as view:
         result = schedule.run(view, stop)
     summary.fill(result)
+    for outcome in result.outcomes[:1]:
+        if commits.read_commit(config.output, outcome.shard_id) is None:
+            raise PipelineError(
+                f"an actor committed shard {outcome.shard_id}, but {config.output} as seen here has no such commit: "
+                "give --output a path that all nodes share, or a URI"
+            )
 
 
-def _died_before(output: str, shard: Shard) -> bool:
-    return commits.count_attempts(output, shard.shard_id) >= SUSPECT_AFTER_ATTEMPTS
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """SIGTERM and Ctrl-C set the event; the handlers that were there come back."""
+    stop = threading.Event()
+    handler = functools.partial(_request_stop, stop)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
@@ -204,8 +225,8 @@ def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
     except FileNotFoundError as error:
         names = ", ".join(NAMED_WEIGHTS)
         raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
-    except ValueError as error:
-        raise ConfigError(f"weights {source}: {error}") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"weights {storage.public_uri(source)}: {error}") from error
 
 
 def load_weights(weights: str | bytes, name: str, device: Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
@@ -252,9 +273,11 @@ def main(config: SegmentConfig) -> None:
     summary = segment(config)
     if config.json:
         print(json.dumps(asdict(summary)))
-        return
     if config.dry_run:
-        print("dry run: nothing was started")
+        print("dry run: nothing was started", file=sys.stderr)
+        return
+    summary.raise_if_incomplete()
+    if config.json:
         return
     print(
         f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.instances} instances in"
@@ -265,4 +288,4 @@ def main(config: SegmentConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SegmentConfig))
+    run("segment", SegmentConfig, main)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import duckdb
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from jobs.command import run
 from pipeline.errors import ConfigError
 from pipeline.results import open_results
 
@@ -26,8 +29,8 @@ class SqlConfig:
     """Print one JSON object for each row."""
 
 
-def query(config: SqlConfig) -> duckdb.DuckDBPyRelation:
-    """The query's rows.
+def query(config: SqlConfig) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """The query's columns and rows.
 
     Raises:
         ConfigError: there is no table, or DuckDB does not accept the query.
@@ -37,24 +40,28 @@ def query(config: SqlConfig) -> duckdb.DuckDBPyRelation:
     connection.register("images", results.images())
     connection.register("instances", results.instances())
     try:
-        return connection.sql(config.query)
+        relation = connection.sql(config.query)
+        if relation is None:
+            raise ConfigError("the query gives no rows: it should be a SELECT over the views images and instances")
+        return relation.columns, relation.fetchall()
     except duckdb.Error as error:
         raise ConfigError(f"the query was not accepted: {error}. The views are images and instances") from error
 
 
 def main(config: SqlConfig) -> None:
     """The command: print the rows."""
-    relation = query(config)
-    rows = relation.fetchall()
+    columns, rows = query(config)
     if config.json:
         for row in rows:
-            print(json.dumps(dict(zip(relation.columns, row, strict=True)), default=str))
+            print(json.dumps(dict(zip(columns, row, strict=True)), default=str))
         return
-    table = Table(*relation.columns)
+    table = Table()
+    for column in columns:
+        table.add_column(Text(column))  # Text, for rich would read [a] in a key as markup
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
     Console().print(table)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SqlConfig))
+    run("sql", SqlConfig, main)

@@ -22,8 +22,14 @@ class ActorShape:
 
     gpus: float
     cpus: float
+    """When there is one for each GPU, or for each node without GPUs."""
     room: int
     """Actors that fit on the nodes of this moment; an autoscaler may make room for more."""
+
+    def cpus_for(self, actors: int) -> float:
+        """CPUs for each of so many actors: without GPUs they share the nodes."""
+        per_node = -(-actors // max(1, self.room))
+        return self.cpus if self.gpus else max(1.0, self.cpus // per_node)
 
 
 def cluster_address(address: str | None) -> str | None:

@@ -15,6 +15,7 @@ import json
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -80,8 +81,8 @@ def create_table(output: str) -> None:
         ConfigError: the table's format version is not ours.
     """
     uri = storage.join(output, "_maskline.json")
-    if not storage.exists(uri):
-        storage.create_exclusive(uri, json.dumps({"format_version": FORMAT_VERSION}).encode())
+    if not storage.exists(uri):  # whoever writes it writes the same
+        storage.write_bytes(uri, json.dumps({"format_version": FORMAT_VERSION}).encode())
     check_table(output)
 
 
@@ -124,9 +125,9 @@ def begin_attempt(output: str, shard_id: str, attempt_id: str, *, run_id: str, h
     )
 
 
-def count_attempts(output: str, shard_id: str) -> int:
-    """How many attempts at a shard were ever begun, by any run."""
-    return sum(1 for _ in storage.list_files(storage.join(output, "_attempts", shard_id)))
+def count_attempts(output: str) -> Counter[str]:
+    """Shard id → how many attempts were ever begun at it, by any run."""
+    return Counter(file.uri.rsplit("/", 2)[-2] for file in storage.list_files(storage.join(output, "_attempts")))
 
 
 def publish(output: str, commit: Commit, *, exclusive: bool) -> Literal["won", "lost"]:
@@ -153,7 +154,11 @@ def publish(output: str, commit: Commit, *, exclusive: bool) -> Literal["won", "
         except OSError as error:  # the answer is unknown: the PUT may have succeeded
             last_error = error
             logger.warning("commit answer unknown shard=%s error=%s", commit.shard_id, error)
-        winner = read_commit(output, commit.shard_id)
+        winner = None
+        try:
+            winner = read_commit(output, commit.shard_id)
+        except OSError as error:
+            last_error = error
         if winner is not None:
             return "won" if winner.attempt_id == commit.attempt_id else "lost"
         if time.monotonic() > deadline:

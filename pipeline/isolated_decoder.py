@@ -62,15 +62,14 @@ class IsolatedDecoder:
             if not pipe.poll(self._timeout_seconds):
                 self.close()
                 raise DecodeError("timeout", f"decoding took more than {self._timeout_seconds:g} s")
-            answer = pipe.recv_bytes()
+            size, orientation, failure = pickle.loads(pipe.recv_bytes())  # our own child's words
+            pixels = b"" if failure is not None else pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            code = self._child.wait() if self._child else None
             self.close()
-            raise DecodeError("killed_worker", f"decoding ended its process, exit status {code}") from error
-        size, orientation, failure = pickle.loads(answer)  # our own child's words
+            raise DecodeError("killed_worker", "decoding ended its process") from error
         if failure is not None:
             raise failure
-        return np.frombuffer(pipe.recv_bytes(), np.uint8).reshape(*size, 3), orientation
+        return np.frombuffer(pixels, np.uint8).reshape(*size, 3), orientation
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -96,7 +95,11 @@ class IsolatedDecoder:
             raise PipelineError(
                 f"a decoder process did not come up in {START_TIMEOUT_SECONDS:.0f} s; is the node overloaded?"
             )
-        self._pipe.recv_bytes()  # its libraries are loaded; from here on it is the image's time
+        try:
+            self._pipe.recv_bytes()  # its libraries are loaded; from here on it is the image's time
+        except EOFError as error:
+            self.close()
+            raise PipelineError("a decoder process ended as it started; is the node out of memory?") from error
         return self._pipe
 
 
@@ -120,7 +123,9 @@ def _serve(pipe: Connection[bytes, bytes], decode: Decode, limits: DecodeLimits)
 def _limit_memory() -> None:
     with open("/proc/self/statm", encoding="ascii") as statm:
         held = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + EXTRA_MEMORY_BYTES, resource.RLIM_INFINITY))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = held + EXTRA_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _main(file_number: str, function: str, limits: str) -> None:

@@ -209,13 +209,14 @@ class Results:
 
         connection = duckdb.connect()
         connection.register("images", self._dataset("images"))
-        rows = connection.execute(
+        rows = connection.sql(
             "SELECT run_id, list(image_key) AS keys FROM ("
             "  SELECT run_id, image_key FROM images"
             "  QUALIFY row_number() OVER (PARTITION BY image_key ORDER BY run_id DESC) > 1"
             ") GROUP BY run_id"
-        ).fetchall()
-        return {run_id: pa.array(keys, pa.string()) for run_id, keys in rows}
+        ).to_arrow_table()
+        keys = rows["keys"]
+        return {run_id.as_py(): keys[index].values for index, run_id in enumerate(rows["run_id"])}
 
 
 def open_results(output: str) -> Results:

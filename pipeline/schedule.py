@@ -99,7 +99,7 @@ class Schedule:
         """
         self.result = ScheduleResult()
         self._fresh = ((shard, order) for order, shard in enumerate(shards))
-        self._num_shards = num_shards
+        self._num_shards = self._num_fresh = num_shards
         self._returned: deque[Task] = deque()
         self._config = config
         self._pool = WorkerPool(
@@ -126,7 +126,7 @@ class Schedule:
                     deadline = time.monotonic() + self._config.grace_seconds
                     self.result.stopped = True
                 if deadline is None:
-                    self._pool.grow(min(self._config.max_actors, self._num_unfinished))
+                    self._ask_for_actors()
                     self._hand_out()
                     self._reissue_stalled()
                 elif time.monotonic() > deadline or not any(worker.calls for worker in self._pool.workers):
@@ -145,6 +145,15 @@ class Schedule:
 
     # Handing out
 
+    def _ask_for_actors(self) -> None:
+        """As many as there is work for; once all shards are out, those without any may go."""
+        busy = sum(bool(worker.calls) for worker in self._pool.workers)
+        waiting = self._num_fresh + sum(not task.finished for task in self._returned)
+        if waiting:
+            self._pool.grow(min(self._config.max_actors, busy + waiting))
+        elif self._started is not None:
+            self._pool.release_idle()
+
     def _hand_out(self) -> None:
         up = self._pool.up
         if self._started is None:
@@ -162,18 +171,20 @@ class Schedule:
     def _next_for(self, worker: Worker) -> Task | None:
         for _ in range(len(self._returned)):
             task = self._returned.popleft()
-            if task.finished:
+            if task.finished or task.failures >= self._config.max_attempts:
                 continue
             if task not in worker.calls.values() and not (task.suspect and worker.calls):
                 return task
             self._returned.append(task)
-        least_loaded = min(self._pool.up, key=lambda other: len(other.calls))
+        usable = [other for other in self._pool.up if not other.alone]
+        least_loaded = min(usable, key=lambda other: len(other.calls))
         if worker is least_loaded and any(task.suspect for task in self._returned):
             return None  # let one worker run dry, so that it can take the suspect alone
         following = next(self._fresh, None)
         if following is None:
             return None
         shard, urgency = following
+        self._num_fresh -= 1
         return Task(shard=shard, urgency=urgency, suspect=self._is_suspect(shard))
 
     def _reissue_stalled(self) -> None:

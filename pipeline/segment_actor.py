@@ -44,7 +44,7 @@ Payloads = Iterator[tuple[int, bytes | DecodeError]]
 
 
 class SegmentActor:
-    """Holds a model and segments shards. A plain class: Ray wraps it in ``pipeline/schedule.py``."""
+    """Holds a model and segments shards. A plain class: Ray wraps it in ``pipeline/workers.py``."""
 
     def __init__(self, load_segmenter: Callable[[], Segmenter], config: ActorConfig) -> None:
         self.config = config

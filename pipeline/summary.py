@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from pipeline import storage
+from pipeline.commits import Commit
 from pipeline.errors import ShardError
 from pipeline.schedule import ScheduleResult
 from pipeline.shards import Plan
+
+RUN_TIME_FORMAT = "%Y%m%dT%H%M%S%f"
+
+
+def new_run_id(latest: str = "") -> str:
+    """An id that sorts after the latest committed one, also where this machine's clock is behind."""
+    now = datetime.now(UTC)
+    if latest:
+        now = max(
+            now,
+            datetime.strptime(latest.partition("-")[0] + "+0000", RUN_TIME_FORMAT + "%z") + timedelta(milliseconds=1),
+        )
+    return f"{now.strftime(RUN_TIME_FORMAT)}-{secrets.token_hex(3)}"
 
 
 @dataclass(kw_only=True)
@@ -45,11 +60,10 @@ class Summary:
     stopped: bool = False
 
     @staticmethod
-    def of_plan(plan: Plan, output: str) -> Summary:
+    def of_plan(plan: Plan, output: str, committed: Sequence[Commit]) -> Summary:
         """A new run's summary, with its id, before anything was done."""
-        now = datetime.now(UTC)
         return Summary(
-            run_id=f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03d}-{secrets.token_hex(3)}",
+            run_id=new_run_id(max((commit.run_id for commit in committed), default="")),
             output=storage.public_uri(output),
             images_listed=plan.images_listed,
             images_already_done=plan.images_done,

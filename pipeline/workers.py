@@ -28,6 +28,9 @@ ACTOR_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESH
 ACTOR_THREADS = 4
 """Calls an actor answers at once: two shards, ready, progress."""
 
+MAX_FAILED_SHARDS = 2
+"""Failures in a row after which an actor is replaced: a GPU that has failed once often fails ever after."""
+
 MAX_FAILED_STARTS = 3
 """Actors that die in a row before they are up; then the run ends."""
 
@@ -58,6 +61,8 @@ class Worker:
     """When its progress last changed, or it was given work; time.monotonic()."""
     issued_again: bool = False
     """It stands still, and its shards went to others."""
+    failed_in_a_row: int = 0
+    """Shards that failed in it since the last that did not: its device may be lost."""
 
     @property
     def alone(self) -> bool:
@@ -74,6 +79,15 @@ class Worker:
         self.calls[self.handle.segment.remote(task.shard, attempt)] = task
         self.moved = time.monotonic()
 
+    def take_back(self, call: Any, *, failed: bool) -> Task:
+        """One of its calls has come back."""
+        self.failed_in_a_row = self.failed_in_a_row + 1 if failed else 0
+        self.moved, self.issued_again = time.monotonic(), False
+        task = self.calls.pop(call)
+        if not self.calls:
+            self.progress, self.progress_call = ActorProgress(images_total=self.progress.images_total), None
+        return task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Returned:
@@ -87,7 +101,7 @@ class Returned:
 
 
 class WorkerPool:
-    """Actors of one kind. A context: all of them end with it."""
+    """Actors of one kind; ``close`` ends them all."""
 
     def __init__(
         self,
@@ -126,6 +140,12 @@ class WorkerPool:
             handle = self._actor.remote(*self._arguments)
             self.workers.append(Worker(handle=handle, ready=handle.ready.remote()))
 
+    def release_idle(self) -> None:
+        """Let workers without work go, so that an autoscaler gets their nodes back."""
+        for worker in [worker for worker in self.workers if not worker.calls]:
+            self.workers.remove(worker)
+            ray.kill(worker.handle)
+
     def wait(self) -> Iterator[Returned]:
         """Wait a tick for anything to happen, and give the tasks that came back.
 
@@ -148,7 +168,7 @@ class WorkerPool:
         for reference in done:
             worker = owners[reference]
             if worker not in self.workers:
-                continue  # its death was taken in by another of its calls
+                continue  # its end was taken in by another of its calls
             if reference is worker.ready:
                 yield from self._take_ready(worker)
             else:
@@ -156,22 +176,22 @@ class WorkerPool:
         for worker in self.workers:
             _take_progress(worker)
 
-    def bury(self, worker: Worker, reason: str) -> Iterator[Returned]:
-        """An actor is gone, or has to go: its tasks come back."""
+    def bury(self, worker: Worker, reason: str, *, killed: bool = True) -> Iterator[Returned]:
+        """An actor is gone, or has to go: its tasks come back, under suspicion if one of them may have killed it."""
         self.num_deaths += 1
         first_line = reason.strip().partition("\n")[0] or "no reason given"
         logger.warning("actor died shards=%d reason=%s", len(worker.calls), first_line)
         self.workers.remove(worker)
         ray.kill(worker.handle)
         for task in worker.calls.values():
-            yield Returned(task=task, error=f"its worker died: {first_line}", killed=True)
+            yield Returned(task=task, error=f"its worker died: {first_line}", killed=killed)
 
     def _take_ready(self, worker: Worker) -> Iterator[Returned]:
         try:
             ray.get(worker.ready)
         except ray.exceptions.RayTaskError as error:
             raise PipelineError(f"the model could not be loaded by an actor: {error.cause}") from error
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:  # it died, ran out of memory, its environment failed
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise PipelineError(
@@ -186,12 +206,15 @@ class WorkerPool:
     def _take_outcome(self, worker: Worker, call: Any) -> Iterator[Returned]:
         try:
             outcome: ShardOutcome = ray.get(call)
-        except ray.exceptions.RayActorError as error:
-            yield from self.bury(worker, str(error))
         except ray.exceptions.RayTaskError as error:
-            yield Returned(task=worker.calls.pop(call), error=f"{type(error.cause).__name__}: {error.cause}")
+            task = worker.take_back(call, failed=True)
+            yield Returned(task=task, error=f"{type(error.cause).__name__}: {error.cause}")
+            if worker.failed_in_a_row >= MAX_FAILED_SHARDS:
+                yield from self.bury(worker, f"{worker.failed_in_a_row} shards in a row failed in it", killed=False)
+        except ray.exceptions.RayError as error:  # it died, or was ended for its memory
+            yield from self.bury(worker, str(error))
         else:
-            yield Returned(task=worker.calls.pop(call), outcome=outcome)
+            yield Returned(task=worker.take_back(call, failed=False), outcome=outcome)
 
 
 def _take_progress(worker: Worker) -> None:

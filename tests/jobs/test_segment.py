@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +132,48 @@ def test_bad_files_leave_rows_with_their_reasons(weights: Path, tmp_path: Path) 
             assert (row["height"], row["width"]) == tuple(size)
 
 
+def test_sigterm_ends_as_resumable_and_the_same_command_does_the_rest(
+    archive: Path, weights: Path, tmp_path: Path
+) -> None:
+    """Two actors without a word about CPUs share the node."""
+    arguments = [
+        *("segment", str(archive), "--output", str(tmp_path / "out"), "--weights", str(weights)),
+        *("--images-per-shard", "1", "--actors", "2", "--json"),
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "jobs", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out" / "_commits").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    output, errors = run.communicate(timeout=120)
+    summary = json.loads(output.splitlines()[-1])
+    done = open_results(str(tmp_path / "out")).images().count_rows()
+    assert 0 < done == summary["images_ok"] < 18, "it was to be stopped in the middle"
+    assert run.returncode == 1
+    assert summary["stopped"]
+    assert "the same command does the rest" in errors
+    assert last_json(maskline(*arguments))["images_planned"] == 18 - done
+    assert open_results(str(tmp_path / "out")).images().count_rows() == 18
+
+
 def test_sql_answers_and_refuses_in_words(table: tuple[Path, dict[str, Any]]) -> None:
     run = maskline("sql", table[0], "SELECT status, count(*) AS n FROM images GROUP BY 1", "--json")
     assert last_json(run) == {"status": "ok", "n": 18}
-    refused = maskline("sql", table[0], "SELECT nonsense FROM images")
-    assert refused.returncode == 2
-    assert "the query was not accepted" in refused.stderr
+    for query in ("SELECT nonsense FROM images", "SELECT cast(image_key AS int) FROM images", ""):
+        refused = maskline("sql", table[0], query)
+        assert refused.returncode == 2
+        assert "the query" in refused.stderr
+
+
+def test_sql_prints_keys_as_they_are(archive: Path, weights: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a[bold]b"
+    odd.mkdir()
+    shutil.copy(next(archive.rglob("*.jpg")), odd / "[old].jpg")
+    maskline("segment", odd / "[old].jpg", "--output", tmp_path / "out", "--weights", weights)
+    printed = maskline("sql", tmp_path / "out", "SELECT right(image_key, 20) AS key FROM images").stdout
+    assert "a[bold]b/[old].jpg" in printed
 
 
 @pytest.mark.parametrize(
@@ -143,7 +181,10 @@ def test_sql_answers_and_refuses_in_words(table: tuple[Path, dict[str, Any]]) ->
     [
         (("nowhere", "--output", "OUT", "--weights", "WEIGHTS"), "nowhere"),
         (("ARCHIVE", "--output", "OUT", "--weights", "missing.pth"), "no weights at missing.pth"),
-        (("ARCHIVE", "--output", "OUT", "--weights", "ARCHIVE/README.txt"), "weights"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "ARCHIVE/README.txt"), "README.txt"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "ARCHIVE"), "directory"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--cpus-per-actor", "-1"), "more than 0, got -1"),
+        (("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--actors", "0"), "got 0:0"),
         (
             ("ARCHIVE", "--output", "OUT", "--weights", "WEIGHTS", "--score-threshold", "2"),
             "score_threshold must lie in",

@@ -132,11 +132,11 @@ def test_commits_come_in_the_order_of_runs(tmp_path: Path) -> None:
 
 
 def test_attempts_are_counted(tmp_path: Path) -> None:
-    assert commits.count_attempts(str(tmp_path), "s1") == 0
+    assert commits.count_attempts(str(tmp_path))["s1"] == 0
     for name in ("a", "b"):
         commits.begin_attempt(str(tmp_path), "s1", name, run_id="r", host="h", suspect=False)
     commits.begin_attempt(str(tmp_path), "s2", "a", run_id="r", host="h", suspect=True)
-    assert commits.count_attempts(str(tmp_path), "s1") == 2
+    assert commits.count_attempts(str(tmp_path)) == {"s1": 2, "s2": 1}
 
 
 def test_a_table_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from pipeline.archive import ITEM_SCHEMA
 
 from pipeline import commits
+from pipeline.archive import ITEM_SCHEMA
 from pipeline.errors import ConfigError
 from pipeline.results import Results
 from pipeline.shards import Plan, Shard, ShardConfig

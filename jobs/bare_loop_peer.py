@@ -1,0 +1,58 @@
+"""The peer of ``maskline benchmark``'s end to end part: the model alone, over images that are in memory already."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import model
+from jobs.segment import load_weights
+from model.structures import ImageSize
+from pipeline import cluster, decode
+from pipeline.batching import DecodedImage, batches
+from pipeline.model_thread import Pixels, Segmenter
+
+
+class ModelLoop:
+    """The bare loop: images decoded and grouped beforehand, then nothing but ``predict``."""
+
+    def __init__(
+        self, weights: bytes, device: cluster.Device, precision: Literal["fp32", "bf16"], threads: int, paths: list[str]
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.net = model.load(weights, device=device, precision=precision)
+        images = [
+            DecodedImage(index=index, pixels=read_pixels(Path(path)), orientation=1, num_bytes=0)
+            for index, path in enumerate(paths)
+        ]
+        grouped = batches(
+            images,
+            batch_size=self.net.batch_size,
+            shape_of=lambda image: self.net.padded_size(ImageSize(*image.pixels.shape[:2])),
+            max_waiting_bytes=2**40,
+        )
+        self.batches = [[image.pixels for image in batch] for batch in grouped]
+        self.net.predict(self.batches[0], score_threshold=0.5)  # its first run is the slowest
+
+    def run(self) -> float:
+        """Seconds for all batches."""
+        started = time.perf_counter()
+        for batch in self.batches:
+            self.net.predict(batch, score_threshold=0.5)
+        return time.perf_counter() - started
+
+
+def load_warm(weights: bytes, image: str, device: cluster.Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
+    """In an actor: the model, its first and slowest run behind it, as in the bare loop."""
+    segmenter = load_weights(weights, "benchmark", device, precision)
+    segmenter.encode(segmenter.detect([read_pixels(Path(image))], 0.5), 0.5)
+    return segmenter
+
+
+def read_pixels(path: Path) -> Pixels:
+    """One image file, decoded: uint8 RGB (H, W, 3)."""
+    data = path.read_bytes()
+    return decode.decode(data, decode.inspect(data, decode.DecodeLimits()))
