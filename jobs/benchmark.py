@@ -64,7 +64,7 @@ class BenchmarkConfig:
     num_model_images: int = 40
     """For the end to end part."""
     weights: str | None = None
-    """For the end to end part; without it, a random R50-FPN that finds 100 instances in every image."""
+    """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """For the end to end part."""
     repeats: int = 3
