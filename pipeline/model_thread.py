@@ -1,7 +1,11 @@
-"""The one thread that owns the device: batches in by urgency, detections out as futures.
+"""The one thread that owns the model and its device: batches in by urgency, detections out as futures.
 
 Two shards of one actor share it. Batches of the earlier shard go first and the later one fills the gaps, which hides
 the edge between two shards. Encoding (paste, run lengths) runs on a thread beside it.
+
+On a CPU the model is loaded, warmed and run by this thread alone, and encoding keeps to one core: OpenMP gives every
+thread that computes a team of its own, and once the teams outnumber the cores each team sleeps between two operations
+and must be woken for the next.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import PriorityQueue
 from typing import Any, Protocol
@@ -44,10 +48,9 @@ class Segmenter(Protocol):
 
 
 class ModelThread:
-    """Runs a segmenter's ``detect`` on one thread and its ``encode`` on another."""
+    """Loads a segmenter and runs its ``detect`` on one thread, its ``encode`` on another. Errors of loading pass."""
 
-    def __init__(self, segmenter: Segmenter, score_threshold: float) -> None:
-        self.segmenter = segmenter
+    def __init__(self, load_segmenter: Callable[[], Segmenter], score_threshold: float) -> None:
         self.busy_seconds = 0.0
         """Spent inside ``detect``."""
         self.num_halvings = 0
@@ -57,7 +60,9 @@ class ModelThread:
         self._queue: PriorityQueue[tuple[int, int, Sequence[Pixels], Future[list[Detections]]]] = PriorityQueue()
         self._sequence = itertools.count()
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        threading.Thread(target=self._run, name="model", daemon=True).start()
+        loaded: Future[Segmenter] = Future()
+        threading.Thread(target=self._run, args=(load_segmenter, loaded), name="model", daemon=True).start()
+        self.segmenter = loaded.result()
 
     def submit(self, urgency: int, images: Sequence[Pixels]) -> Future[list[Detections]]:
         """Queue one batch of one padded size. A lower ``urgency`` goes first, then the order of arrival."""
@@ -65,7 +70,13 @@ class ModelThread:
         self._queue.put((urgency, next(self._sequence), images, future))
         return future
 
-    def _run(self) -> None:
+    def _run(self, load_segmenter: Callable[[], Segmenter], loaded: Future[Segmenter]) -> None:
+        self._encoders.submit(_compute_on_one_core).result()  # before load sets what this thread may use
+        try:
+            loaded.set_result(load_segmenter())
+        except BaseException as error:  # it belongs to whoever waits for the model
+            loaded.set_exception(error)
+            return
         while True:
             _, _, images, future = self._queue.get()
             started = time.perf_counter()
@@ -103,3 +114,9 @@ class ModelThread:
             future.set_exception(error)
         else:
             future.set_result([detections for part in found for detections in part])
+
+
+def _compute_on_one_core() -> None:
+    """For the calling thread alone. Torch gives a thread the process's number when it is first asked, not before."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)

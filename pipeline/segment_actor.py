@@ -55,7 +55,7 @@ class SegmentActor:
 
     def ready(self) -> int:
         """Load the model, and answer with the process id. Called once, before any shard."""
-        self._model = ModelThread(self._load_segmenter(), self.config.score_threshold)
+        self._model = ModelThread(self._load_segmenter, self.config.score_threshold)
         return os.getpid()
 
     def progress(self) -> ActorProgress:

@@ -32,7 +32,7 @@ class Cramped(TinySegmenter):
 
 def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered() -> None:
     Cramped.sizes = []
-    thread = ModelThread(Cramped(), 0.5)
+    thread = ModelThread(Cramped, 0.5)
     found = thread.submit(0, images(7)).result()
     assert [round(one.scores[0] * 255) if len(one) else None for one in found] == [None] * 7
     assert len(found) == 7
@@ -50,7 +50,7 @@ def test_one_image_that_does_not_fit_is_an_error_for_who_waits() -> None:
         def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
             raise torch.OutOfMemoryError("no room")
 
-    thread = ModelThread(Full(), 0.5)
+    thread = ModelThread(Full, 0.5)
     with pytest.raises(torch.OutOfMemoryError):
         thread.submit(0, images(2)).result()
 
@@ -62,7 +62,7 @@ def test_an_error_in_encode_reaches_who_waits_and_the_thread_lives_on() -> None:
                 raise ValueError("one")
             return super().encode(raw, score_threshold)
 
-    thread = ModelThread(Fails(), 0.5)
+    thread = ModelThread(Fails, 0.5)
     with pytest.raises(ValueError, match="one"):
         thread.submit(0, images(1)).result()
     assert len(thread.submit(0, images(2)).result()) == 2
@@ -81,7 +81,7 @@ def test_the_earlier_shard_has_the_model_first() -> None:
         def padded_size(self, size: ImageSize) -> ImageSize:
             return size
 
-    thread = ModelThread(Gated(), 0.5)
+    thread = ModelThread(Gated, 0.5)
     marked = [np.full((2, 2, 3), mark, np.uint8) for mark in range(5)]
     first = thread.submit(9, [marked[0]])  # taken at once, waits at the gate
     while not thread._queue.empty():
@@ -91,3 +91,36 @@ def test_the_earlier_shard_has_the_model_first() -> None:
     for future in (first, *later):
         future.result()
     assert order == [0, 2, 4, 1, 3]
+
+
+def test_the_model_computes_on_the_threads_its_loading_chose_and_encoding_on_one() -> None:
+    seen: dict[str, tuple[str, int]] = {}
+
+    def note(name: str) -> None:
+        seen[name] = (threading.current_thread().name.split("_")[0], torch.get_num_threads())
+
+    class Notes(TinySegmenter):
+        def __init__(self) -> None:
+            torch.set_num_threads(3)
+            note("load")
+
+        def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+            note("detect")
+            return images
+
+        def encode(self, raw: Any, score_threshold: float) -> list[Detections]:
+            note("encode")
+            return super().encode(raw, score_threshold)
+
+    before = torch.get_num_threads()
+    ModelThread(Notes, 0.5).submit(0, images(1)).result()
+    torch.set_num_threads(before)
+    assert seen == {"load": ("model", 3), "detect": ("model", 3), "encode": ("encode", 1)}
+
+
+def test_an_error_of_loading_reaches_who_waits_for_the_model() -> None:
+    def load() -> TinySegmenter:
+        raise ValueError("no such weights")
+
+    with pytest.raises(ValueError, match="no such weights"):
+        ModelThread(load, 0.5)
