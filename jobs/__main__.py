@@ -10,6 +10,7 @@ from jobs.command import run
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
+    "describe": ("jobs.describe", "DescribeConfig"),
     "demo": ("jobs.demo", "DemoConfig"),
     "benchmark": ("jobs.benchmark", "BenchmarkConfig"),
 }

@@ -221,12 +221,18 @@ def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
     """
     try:
         weights: str | bytes = source if source in NAMED_WEIGHTS else storage.read_bytes(source)
-        return weights, model.describe(weights, name=source if isinstance(weights, str) else source.rsplit("/", 1)[-1])
+        info = model.describe(weights, name=source if isinstance(weights, str) else source.rsplit("/", 1)[-1])
     except FileNotFoundError as error:
         names = ", ".join(NAMED_WEIGHTS)
         raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"weights {storage.public_uri(source)}: {error}") from error
+    if info.config.proposals == "given":
+        raise ConfigError(
+            f"weights {storage.public_uri(source)} are a Fast R-CNN, which needs proposals for every image; "
+            "give weights with an RPN, or call model.load(...).predict(images, proposals=...)"
+        )
+    return weights, info
 
 
 def load_weights(weights: str | bytes, name: str, device: Device, precision: Literal["fp32", "bf16"]) -> Segmenter:

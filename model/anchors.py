@@ -6,10 +6,13 @@ Anchors are never laid out over the whole image: those the RPN selects are compu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
+from model.recipe import Recipe
 from model.structures import ImageSize
 
 # A anchors in a cell, H × W cells of one level; an anchor's index is (y * W + x) * A + a.
@@ -23,9 +26,25 @@ def cell_anchors(size: float, aspect_ratios: Sequence[float], *, rounded: bool) 
     return anchors.round() if rounded else anchors
 
 
-def cell_stride(input_size: ImageSize, grid: ImageSize) -> ImageSize:
-    """Pixels between cells: whole ones, which at P6 may fall short of 64 (13 rows of 800 pixels: 61)."""
-    return ImageSize(input_size.height // grid.height, input_size.width // grid.width)
+def anchors_of(config: ModelConfig, recipe: Recipe) -> list[Tensor]:
+    """The anchors of a cell for each level the RPN sees: of one size, or of all (sizes outer) where there is one."""
+    cells = [
+        cell_anchors(size, config.aspect_ratios, rounded=recipe.anchors_rounded) for size in config.anchor_sizes
+    ]  # (A, 4) each
+    return cells if config.neck == "fpn" else [torch.cat(cells)]
+
+
+def cell_strides(
+    input_size: ImageSize, grids: Sequence[ImageSize], *, rule: Literal["fitted", "fixed"]
+) -> list[ImageSize]:
+    """Pixels between the cells of each level of a pyramid from P2 on, or of C4 where there is one level.
+
+    Whole ones that fit the input, or the level's own: at P6 13 rows of 800 pixels are 61 apart, or 64.
+    """
+    if rule == "fitted":
+        return [ImageSize(input_size.height // grid.height, input_size.width // grid.width) for grid in grids]
+    first = 2 if len(grids) > 1 else 4
+    return [ImageSize(2**level, 2**level) for level in range(first, first + len(grids))]
 
 
 def anchors_at(index: Tensor, cell: Tensor, *, grid: ImageSize, stride: ImageSize) -> Tensor:

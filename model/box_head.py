@@ -8,16 +8,20 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import boxes as box_math
-from model.config import Recipe
-from model.conv_norm import ConvNorm, Norm
+from model.conv_norm import ConvNorm
 from model.nms import segment_nms
+from model.norm import Norm
+from model.recipe import Recipe
 from model.rpn import Proposals
 
 # N images, P proposals and D detections of an image, R = N P regions, K classes with background, S pooled side.
 
 
 class BoxHead(nn.Module):
-    """Convolutions and linear layers, then class logits and the box deltas of every class."""
+    """Convolutions and linear layers, then class logits and the box deltas of every class.
+
+    Without linear layers the mean of the cells takes their place, as after res5.
+    """
 
     def __init__(
         self,
@@ -36,18 +40,18 @@ class BoxHead(nn.Module):
         )
         self.in_channels = in_channels
         self.resolution = resolution
-        sizes = [in_channels * resolution**2] + [width] * num_fcs
+        sizes = [in_channels * resolution**2] + [width] * num_fcs if num_fcs else [in_channels]
         self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
-        self.class_logits = nn.Linear(width, num_classes)
-        self.deltas = nn.Linear(width, num_classes * 4)
+        self.class_logits = nn.Linear(sizes[-1], num_classes)
+        self.deltas = nn.Linear(sizes[-1], num_classes * 4)
 
     def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(region_features)  # (R, C, S, S)
         for fc in self.fcs:
             x = fc(x if isinstance(fc, nn.Conv2d) else x.flatten(1)).relu_()
-        x = x.flatten(1)  # (R, width)
+        x = x.flatten(1) if self.fcs else x.mean(dim=(2, 3))  # (R, width)
         x = x.to(self.class_logits.weight.dtype)
-        return self.class_logits(x), self.deltas(x).view(len(x), -1, 4)  # (R, K), (R, K, 4)
+        return self.class_logits(x), self.deltas(x).view(len(x), self.class_logits.out_features, 4)  # (R, K), (R, K, 4)
 
 
 def first_layer_as_convolution(head: BoxHead) -> None:
@@ -55,6 +59,8 @@ def first_layer_as_convolution(head: BoxHead) -> None:
 
     That needs no copy from channels-last, and on a CPU it is the faster matrix product.
     """
+    if not head.fcs:
+        return
     linear = head.fcs[0]
     assert isinstance(linear, nn.Linear)
     conv = nn.Conv2d(head.in_channels, linear.out_features, head.resolution, device="meta")

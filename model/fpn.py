@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv_norm import ConvNorm, Norm
+from model.conv_norm import ConvNorm
+from model.norm import Norm
 
 # N images, C pyramid channels.
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN inference (He et al. 2017): images enter, the detections of each image leave.
+"""Inference of Mask R-CNN (He et al. 2017) and its family: images enter, the detections of each image leave.
 
 One batched path for every device, with a fixed number of proposals and detections per image and marks of which are
 filled. Boxes, anchors and scores are float32 whatever the precision.
@@ -6,7 +6,7 @@ filled. Boxes, anchors and scores are float32 whatever the precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,20 +16,24 @@ from torch import Tensor
 
 from model import boxes as box_math
 from model import transform
-from model.anchors import cell_anchors
+from model.anchors import anchors_of, cell_strides
 from model.box_head import Chosen, choose
-from model.config import ModelConfig, Recipe
-from model.exact_roi_align import exact_roi_align
+from model.config import ModelConfig
+from model.keypoints import decode_heatmaps
 from model.network import Network, Precision, ready_to_run
+from model.pooling import image_of_place, pool_regions
+from model.recipe import Recipe
 from model.rle import encode_detections
-from model.roi_align import multilevel_roi_align
 from model.rpn import Proposals, propose
-from model.structures import Detections, ImageSize
+from model.structures import Detections, ImageSize, Rle
 
-# N images, P proposals and D detections of an image, M mask side.
+# N images, P proposals and D detections of an image, M mask side, K keypoints.
 
-POOLED_STRIDES = (4, 8, 16, 32)
-"""Of P2 to P5, the levels regions are pooled from."""
+Pixels = NDArray[np.uint8]
+Boxes = NDArray[np.float32]
+
+RES5_REGIONS = 128
+"""Regions that res5 runs on at once: 2,048 × 14 × 14 values each at its widest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,10 @@ class RawDetections:
     """(N, D) class indices."""
     valid: Tensor
     """(N, D) whether the place is filled."""
-    mask_logits: Tensor
-    """(N, D, M, M) float32 of the detection's own class."""
+    mask_logits: Tensor | None
+    """(N, D, M, M) float32 of the detection's own class; None without a mask head."""
+    keypoints: Tensor | None
+    """(N, D, K, 3) float32 x, y in the image's frame and score; None without a keypoint head."""
 
 
 class MaskRCNN:
@@ -85,26 +91,41 @@ class MaskRCNN:
         self.exact = (self.device.type == "cpu" and precision == "fp32") if exact is None else exact
         self.running = ready_to_run(network, self.device, precision, exact=self.exact)
         """The copy that runs."""
-        self._cells = [
-            cell_anchors(size, config.aspect_ratios, rounded=recipe.anchors_rounded).to(self.device)
-            for size in config.anchor_sizes
-        ]
+        self._cells = [cell.to(self.device) for cell in anchors_of(config, recipe)]
 
-    def predict(self, images: Sequence[NDArray[np.uint8]], score_threshold: float | None = None) -> list[Detections]:
-        """Detections of uint8 RGB (H, W, 3) images, in their order; scores are above `score_threshold`."""
+    def predict(
+        self,
+        images: Sequence[Pixels],
+        score_threshold: float | None = None,
+        *,
+        proposals: Sequence[Boxes] | None = None,
+    ) -> list[Detections]:
+        """Detections of uint8 RGB (H, W, 3) images, in their order; scores are above `score_threshold`.
+
+        A network without an RPN wants `proposals`, (P, 4) for each image in its frame; others take none.
+        """
         transform.check_images(images)
         found: dict[int, Detections] = {}
         for indices in self._batches([_size_of(image) for image in images]):
-            raw = self.detect([images[index] for index in indices], score_threshold)
+            given = None if proposals is None else [proposals[index] for index in indices]
+            raw = self.detect([images[index] for index in indices], score_threshold, proposals=given)
             found.update(zip(indices, self.encode(raw), strict=True))
         return [found[index] for index in range(len(images))]
 
     def padded_size(self, size: ImageSize) -> ImageSize:
         """The input an image of `size` is laid into; images that share it may be detected in one batch."""
+        if self.config.square:
+            return ImageSize(self.config.max_size, self.config.max_size)
         return transform.padded_size(self._resized_size(size), divisor=self.recipe.size_divisor)
 
     @torch.inference_mode()
-    def detect(self, images: Sequence[NDArray[np.uint8]], score_threshold: float | None = None) -> RawDetections:
+    def detect(
+        self,
+        images: Sequence[Pixels],
+        score_threshold: float | None = None,
+        *,
+        proposals: Sequence[Boxes] | None = None,
+    ) -> RawDetections:
         """The device's work for one batch of images that share their padded size."""
         transform.check_images(images)
         threshold = self._threshold(score_threshold)
@@ -115,17 +136,24 @@ class MaskRCNN:
         resized_sizes = torch.tensor(resized, dtype=torch.float32, device=self.device)  # (N, 2)
         image_sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (N, 2)
 
-        levels = self.running.fpn(self.running.body(self._laid_out(pixels)))
-        proposals = self._propose(levels, padded, resized_sizes)
-        chosen = self._choose(levels, proposals, resized_sizes, threshold)
+        levels = self.running.features(self._laid_out(pixels))
+        regions = self._propose(levels, padded, resized_sizes)
+        if regions is None:
+            regions = self._given(proposals, resized_sizes / image_sizes)
+        elif proposals is not None:
+            raise ValueError("proposals were given to a network that has an RPN; leave them out")
+        chosen = self._choose(levels, regions, resized_sizes, threshold)
+        ratios = (image_sizes / resized_sizes)[:, None]  # (N, 1, 2)
         mask_logits = self._mask_logits(levels, chosen)
+        keypoints = self._keypoints(levels, chosen, ratios)
         return RawDetections(
             sizes=sizes,
-            boxes=box_math.scale(chosen.boxes, (image_sizes / resized_sizes)[:, None]).cpu(),
+            boxes=box_math.scale(chosen.boxes, ratios).cpu(),
             scores=chosen.scores.cpu(),
             labels=chosen.labels.cpu(),
             valid=chosen.valid.cpu(),
-            mask_logits=mask_logits.cpu(),
+            mask_logits=None if mask_logits is None else mask_logits.cpu(),
+            keypoints=None if keypoints is None else keypoints.cpu(),
         )
 
     @torch.inference_mode()
@@ -136,13 +164,16 @@ class MaskRCNN:
     def _encode_image(self, raw: RawDetections, index: int, score_threshold: float) -> Detections:
         kept = raw.valid[index] & (raw.scores[index] > score_threshold)
         boxes, labels = raw.boxes[index, kept], raw.labels[index, kept].tolist()
-        masks, areas = encode_detections(
-            raw.mask_logits[index, kept],
-            boxes,
-            raw.sizes[index],
-            threshold=self.recipe.mask_threshold,
-            paste=self.recipe.paste,
-        )
+        masks: list[Rle] = []
+        areas = np.zeros(len(labels), dtype=np.int64)
+        if raw.mask_logits is not None:
+            masks, areas = encode_detections(
+                raw.mask_logits[index, kept],
+                boxes,
+                raw.sizes[index],
+                threshold=self.recipe.mask_threshold,
+                paste=self.recipe.paste,
+            )
         return Detections(
             size=raw.sizes[index],
             boxes=boxes.numpy(),
@@ -151,30 +182,42 @@ class MaskRCNN:
             categories=[self.categories[label] for label in labels],
             masks=masks,
             areas=areas,
+            keypoints=None if raw.keypoints is None else raw.keypoints[index, kept].numpy(),
         )
 
-    def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals:
+    def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals | None:
+        rpn = self.running.rpn
+        if rpn is None:
+            return None
+        grids = [ImageSize(*level.shape[-2:]) for level in levels]
         return propose(
-            [self.running.rpn(level) for level in levels],
+            [rpn(level) for level in levels],
             self._cells,
-            grids=[ImageSize(*level.shape[-2:]) for level in levels],
-            input_size=padded,
+            grids=grids,
+            strides=cell_strides(padded, grids, rule=self.recipe.anchor_strides),
             image_sizes=resized_sizes,
             recipe=self.recipe,
         )
 
+    def _given(self, proposals: Sequence[Boxes] | None, ratios: Tensor) -> Proposals:
+        """Proposals in the images' frames, brought to that of the input."""
+        if proposals is None or len(proposals) != len(ratios):
+            raise ValueError(
+                f"this network has no RPN and needs proposals, (P, 4) for each of {len(ratios)} images, "
+                f"got {'none' if proposals is None else len(proposals)}; give predict(images, proposals=[...])"
+            )
+        for index, boxes in enumerate(proposals):
+            if boxes.ndim != 2 or boxes.shape[1] != 4:
+                raise ValueError(f"proposals of image {index} have shape {boxes.shape}; give (P, 4) x1 y1 x2 y2")
+        given = [torch.from_numpy(np.asarray(boxes, dtype=np.float32)) for boxes in proposals]
+        padded, valid = box_math.padded(given)  # (N, P, 4), (N, P)
+        return Proposals(box_math.scale(padded.to(self.device), ratios[:, None]), valid.to(self.device))
+
     def _choose(
         self, levels: Sequence[Tensor], proposals: Proposals, resized_sizes: Tensor, threshold: float
     ) -> Chosen:
-        num_images, num_places = proposals.valid.shape
-        image_index = torch.arange(num_images, device=self.device).repeat_interleave(num_places)  # (N P,)
-        region_features = self._pool(
-            exact_roi_align if self.exact else multilevel_roi_align,
-            levels,
-            proposals.boxes.flatten(0, 1),
-            image_index,
-            self.config.box_resolution,
-        )
+        boxes, image_index = proposals.boxes.flatten(0, 1), image_of_place(proposals.valid)  # (N P, 4), (N P,)
+        region_features = self._region_features(levels, boxes, image_index, self.config.box_resolution)
         class_logits, deltas = self.running.box_head(region_features)
         return choose(
             class_logits,
@@ -185,33 +228,59 @@ class MaskRCNN:
             recipe=self.recipe,
         )
 
-    def _mask_logits(self, levels: Sequence[Tensor], chosen: Chosen) -> Tensor:
+    def _mask_logits(self, levels: Sequence[Tensor], chosen: Chosen) -> Tensor | None:
         """(N, D, M, M); the head sees only the places that are filled."""
+        head, side = self.running.mask_head, self.config.mask_side
+        if head is None:
+            return None
         image_index, place = chosen.valid.nonzero(as_tuple=True)
-        resolution = self.config.mask_resolution
-        boxes = chosen.boxes[image_index, place]
-        region_features = self._pool(multilevel_roi_align, levels, boxes, image_index, resolution)
-        mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, 2 * resolution, 2 * resolution)
-        mask_logits[image_index, place] = self.running.mask_head(region_features, chosen.labels[image_index, place])
+        boxes, labels = chosen.boxes[image_index, place], chosen.labels[image_index, place]
+        features = self._region_features(levels, boxes, image_index, self.config.mask_resolution, exact=False)
+        mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, side, side)
+        mask_logits[image_index, place] = head(features, labels)
         return mask_logits
 
-    def _pool(
+    def _keypoints(self, levels: Sequence[Tensor], chosen: Chosen, ratios: Tensor) -> Tensor | None:
+        """(N, D, K, 3) in the images' frames."""
+        head = self.running.keypoint_head
+        if head is None:
+            return None
+        image_index, place = chosen.valid.nonzero(as_tuple=True)
+        boxes = chosen.boxes[image_index, place]  # (B, 4)
+        features = self._region_features(levels, boxes, image_index, self.config.keypoint_resolution)
+        found = decode_heatmaps(head(features).float(), boxes, score=self.recipe.keypoint_score)  # (B, K, 3)
+        found[..., :2] *= ratios[image_index].flip(-1)
+        keypoints = found.new_zeros(*chosen.valid.shape, *found.shape[1:])
+        keypoints[image_index, place] = found
+        return keypoints
+
+    def _region_features(
         self,
-        align: Callable[..., Tensor],
         levels: Sequence[Tensor],
         boxes: Tensor,
         image_index: Tensor,
         resolution: int,
+        *,
+        exact: bool | None = None,
     ) -> Tensor:
-        return align(
-            levels[: len(POOLED_STRIDES)],
-            POOLED_STRIDES,
-            boxes,
-            image_index,
-            output_size=resolution,
-            sampling_ratio=self.recipe.roi_sampling_ratio,
-            aligned=self.recipe.roi_aligned,
-        )
+        """(R, C, S, S), some regions at a time where res5 makes them wide."""
+        step = max(1, len(boxes) if self.running.res5 is None else RES5_REGIONS)
+        parts = [
+            self.running.of_regions(
+                pool_regions(
+                    levels,
+                    self.running.strides,
+                    boxes[start : start + step],
+                    image_index[start : start + step],
+                    resolution=resolution,
+                    config=self.config,
+                    recipe=self.recipe,
+                    exact=self.exact if exact is None else exact,
+                )
+            )
+            for start in range(0, max(1, len(boxes)), step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _laid_out(self, pixels: Tensor) -> Tensor:
         """In the dtype and memory format the body runs in, which those of all that follows are taken from."""
@@ -219,7 +288,8 @@ class MaskRCNN:
         return pixels.to(dtype, memory_format=torch.contiguous_format if self.exact else torch.channels_last)
 
     def _resized_size(self, size: ImageSize) -> ImageSize:
-        return transform.resized_size(size, min_size=self.config.min_size, max_size=self.config.max_size)
+        config, rule = self.config, self.recipe.resize
+        return transform.resized_size(size, min_size=config.min_size, max_size=config.max_size, rule=rule)
 
     def _common_padded_size(self, sizes: Sequence[ImageSize]) -> ImageSize:
         padded = {self.padded_size(size) for size in sizes}
@@ -246,5 +316,5 @@ class MaskRCNN:
                 yield indices[start : start + self.batch_size]
 
 
-def _size_of(image: NDArray[np.uint8]) -> ImageSize:
+def _size_of(image: Pixels) -> ImageSize:
     return ImageSize(image.shape[0], image.shape[1])

@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.box_head import BoxHead, first_layer_as_convolution
-from model.config import ModelConfig, Recipe
-from model.conv_norm import FixedNorm, folded
+from model.config import ModelConfig
+from model.conv_norm import folded
 from model.fpn import FPN
-from model.mask_head import MaskHead
-from model.resnet import ResNet, resnet18, resnet50
+from model.keypoint_head import KeypointHead
+from model.mask_head import MaskHead, MLPMaskHead
+from model.norm import Norm, norm_of
+from model.recipe import Recipe
+from model.resnet import ARCHITECTURES, ResNet
 from model.rpn import RPNHead
 
 Precision = Literal["fp32", "bf16"]
@@ -27,33 +29,67 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Network(nn.Module):
-    """The parts and their parameters; the names of its state dict are those of our weight files."""
+    """The parts and their parameters; the names of its tensors are those of our weight files."""
 
-    def __init__(self, *, body: ResNet, fpn: FPN, rpn: RPNHead, box_head: BoxHead, mask_head: MaskHead) -> None:
+    def __init__(
+        self,
+        *,
+        body: ResNet,
+        fpn: FPN | None,
+        rpn: RPNHead | None,
+        res5: nn.Sequential | None,
+        box_head: BoxHead,
+        mask_head: MaskHead | MLPMaskHead | None,
+        keypoint_head: KeypointHead | None,
+    ) -> None:
         super().__init__()
         self.body = body
         self.fpn = fpn
         self.rpn = rpn
+        self.res5 = res5
         self.box_head = box_head
         self.mask_head = mask_head
+        self.keypoint_head = keypoint_head
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between cells of the levels regions are pooled from."""
+        return (16,) if self.fpn is None else (4, 8, 16, 32)
+
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """The levels of (N, 3, H, W): P2 to P6, the last for the RPN alone, or C4."""
+        maps: list[Tensor] = self.body(pixels)
+        return [maps[-1]] if self.fpn is None else self.fpn(maps)
+
+    def of_regions(self, pooled: Tensor) -> Tensor:
+        """What the heads see of pooled features (R, C, S, S)."""
+        return pooled if self.res5 is None else self.res5(pooled)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and statistics by name; torch's counts of batches, which nothing uses, are left out."""
+        return {name: value for name, value in self.state_dict().items() if value.is_floating_point()}
 
 
 def build_network(config: ModelConfig, recipe: Recipe) -> Network:
     """The parts a config asks for, their parameters not yet set to anything."""
-    norm = partial(FixedNorm, eps=recipe.norm_eps, form=recipe.norm)
+    architecture = ARCHITECTURES[config.body]
+    is_pyramid = config.neck == "fpn"
+    norm = norm_of(config.norm, recipe.norm_eps)
     head_norm = norm if config.head_norm else None
-    body = resnet18(norm=norm) if config.body == "resnet18" else resnet50(norm=norm)
-    num_convs, num_fcs = (0, 2) if config.box_head == "2fc" else (4, 1)
+    stride_in = recipe.bottleneck_stride
+    body = ResNet(architecture, num_stages=4 if is_pyramid else 3, stride_in=stride_in, norm=norm)
+    channels = config.fpn_channels if is_pyramid else body.out_channels[-1]
+    region_channels = channels if is_pyramid else architecture.out_channels[-1]
+    num_convs, num_fcs = {"2fc": (0, 2), "4conv1fc": (4, 1), "res5": (0, 0)}[config.box_head]
     return Network(
         body=body,
-        fpn=FPN(body.out_channels, config.fpn_channels, norm=norm if config.fpn_norm else None),
-        rpn=RPNHead(
-            in_channels=config.fpn_channels,
-            anchors_per_cell=len(config.aspect_ratios),
-            num_convs=config.rpn_convs,
-        ),
+        fpn=FPN(body.out_channels, channels, norm=norm if config.fpn_norm else None) if is_pyramid else None,
+        rpn=RPNHead(in_channels=channels, anchors_per_cell=config.anchors_per_cell, num_convs=config.rpn_convs)
+        if config.proposals == "rpn"
+        else None,
+        res5=None if is_pyramid else architecture.stage(3, stride_in=stride_in, norm=norm),
         box_head=BoxHead(
-            in_channels=config.fpn_channels,
+            in_channels=region_channels,
             resolution=config.box_resolution,
             num_convs=num_convs,
             num_fcs=num_fcs,
@@ -61,13 +97,35 @@ def build_network(config: ModelConfig, recipe: Recipe) -> Network:
             num_classes=config.num_classes,
             norm=head_norm,
         ),
-        mask_head=MaskHead(
-            in_channels=config.fpn_channels,
-            channels=config.mask_channels,
-            num_convs=config.mask_convs,
+        mask_head=_mask_head(config, region_channels, head_norm),
+        keypoint_head=KeypointHead(
+            in_channels=channels,
+            channels=config.keypoint_channels,
+            num_convs=config.keypoint_convs,
+            num_keypoints=config.num_keypoints,
+        )
+        if config.num_keypoints
+        else None,
+    )
+
+
+def _mask_head(config: ModelConfig, in_channels: int, norm: Norm | None) -> MaskHead | MLPMaskHead | None:
+    if config.mask_head == "none":
+        return None
+    if config.mask_head == "mlp":
+        return MLPMaskHead(
+            in_channels=in_channels,
+            resolution=config.mask_side // 2,
             num_classes=config.num_classes,
-            norm=head_norm,
-        ),
+            classes=config.mask_classes,
+        )
+    return MaskHead(
+        in_channels=in_channels,
+        channels=config.mask_channels,
+        num_convs=config.mask_convs,
+        num_classes=config.num_classes,
+        classes=config.mask_classes,
+        norm=norm,
     )
 
 
@@ -80,7 +138,8 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     """
     _check_run(device, precision, exact=exact)
     running = copy.deepcopy(network).eval()
-    running.mask_head = _channels_last(folded(running.mask_head))
+    if running.mask_head is not None:
+        running.mask_head = _channels_last(folded(running.mask_head))
     if not exact:
         first_layer_as_convolution(running.box_head)
         running = _channels_last(folded(running))

@@ -7,7 +7,7 @@ its outputs on one image have a given spread.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import numpy as np
@@ -15,9 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.config import ModelConfig, Recipe
+from model.config import ModelConfig
+from model.initial_weights import initialise
+from model.mask_head import MaskHead
 from model.mask_rcnn import MaskRCNN
 from model.network import Network, Precision, build_network
+from model.recipe import Recipe
 from model.weights import to_bytes
 
 OBJECTNESS_STD = 2.0
@@ -25,6 +28,7 @@ RPN_DELTAS_STD = 0.2
 CLASS_LOGITS_STD = 2.5
 BOX_DELTAS_STD = 0.5
 MASK_LOGITS_STD = 2.0
+HEATMAPS_STD = 2.0
 
 
 def random_network(
@@ -50,17 +54,6 @@ def random_network(
     spread(ready(sha256=""), image)
     sha256 = hashlib.sha256(to_bytes(network, config, recipe, categories)).hexdigest()
     return ready(sha256=sha256, device=device, precision=precision)
-
-
-def initialise(network: Network, seed: int) -> None:
-    """Set every parameter from `seed` alone: He's normal weights, no biases, norms that change nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in network.state_dict().items():
-        if value.dim() > 1:
-            nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
-        else:
-            is_scale = name.endswith((".norm.weight", ".norm.running_var"))
-            nn.init.constant_(value, 1.0 if is_scale else 0.0)
 
 
 def rescale_outputs(steps: Iterable[Iterable[tuple[nn.Module, float]]], run: Callable[[], object]) -> None:
@@ -96,17 +89,31 @@ def spread(net: MaskRCNN, image: NDArray[np.uint8]) -> None:
     """Give the prediction layers of a float32 network on a CPU the spread under which every image has detections."""
     if net.precision != "fp32" or net.device.type != "cpu":
         raise ValueError(f"spread needs fp32 on a cpu, got {net.precision} on {net.device}; move the network after it")
-    rpn, box_head, mask_head = net.running.rpn, net.running.box_head, net.running.mask_head
-    steps: list[list[tuple[nn.Module, float]]] = [
-        [(rpn.objectness, OBJECTNESS_STD), (rpn.deltas, RPN_DELTAS_STD)],
-        [(box_head.class_logits, CLASS_LOGITS_STD), (box_head.deltas, BOX_DELTAS_STD)],
-        [(mask_head.mask_logits, MASK_LOGITS_STD)],
-    ]
-    rescale_outputs(steps, lambda: net.detect([image]))
-    for stored, scaled in zip(_prediction_layers(net.network), _prediction_layers(net.running), strict=True):
-        stored.load_state_dict(scaled.state_dict())
+    proposals = None if net.running.rpn else [_windows(image)]
+    rescale_outputs(_prediction_layers(net.running), lambda: net.detect([image], proposals=proposals))
+    for of_stored, of_running in zip(_prediction_layers(net.network), _prediction_layers(net.running), strict=True):
+        for (stored, _), (scaled, _) in zip(of_stored, of_running, strict=True):
+            stored.load_state_dict(scaled.state_dict())
 
 
-def _prediction_layers(network: Network) -> Sequence[nn.Module]:
-    rpn, box_head = network.rpn, network.box_head
-    return (rpn.objectness, rpn.deltas, box_head.class_logits, box_head.deltas, network.mask_head.mask_logits)
+def _prediction_layers(network: Network) -> list[list[tuple[nn.Module, float]]]:
+    """The layers whose outputs become boxes, scores, masks and keypoints, in the order they run, with deviations."""
+    rpn, box_head, mask_head = network.rpn, network.box_head, network.mask_head
+    steps: list[list[tuple[nn.Module, float]]] = []
+    if rpn is not None:
+        steps.append([(rpn.objectness, OBJECTNESS_STD), (rpn.deltas, RPN_DELTAS_STD)])
+    steps.append([(box_head.class_logits, CLASS_LOGITS_STD), (box_head.deltas, BOX_DELTAS_STD)])
+    if mask_head is not None:
+        last = mask_head.mask_logits if isinstance(mask_head, MaskHead) else mask_head.fcs[-1]
+        steps.append([(last, MASK_LOGITS_STD)])
+    if network.keypoint_head is not None:
+        steps.append([(network.keypoint_head.upsample, HEATMAPS_STD)])
+    return steps
+
+
+def _windows(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Proposals for a network without an RPN: a grid of windows in two sizes."""
+    height, width = image.shape[:2]
+    corners = np.stack(np.meshgrid(np.arange(0, 0.8, 0.1), np.arange(0, 0.8, 0.1)), axis=-1).reshape(-1, 2)
+    windows = np.concatenate([np.hstack([corners, corners + side]) for side in (0.2, 0.4)]).clip(0, 1)
+    return (windows * (width, height, width, height)).astype(np.float32)

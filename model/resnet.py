@@ -1,25 +1,31 @@
-"""ResNet bodies (He et al. 2015): images enter, the feature maps C2 to C5 at strides 4 to 32 leave.
+"""ResNet (He et al. 2015) and ResNeXt (Xie et al. 2016): images enter, the maps C2 to C5 at strides 4 to 32 leave.
 
-The stride of a bottleneck is in its 3×3 convolution, as in torchvision.
+With a C4 neck res5 is no part of the body: it runs on every region.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv_norm import ConvNorm, Norm
+from model.config import Body
+from model.conv_norm import ConvNorm
+from model.norm import Norm
 
 # N images, C channels, H × W the padded input.
 
 STAGE_CHANNELS = (64, 128, 256, 512)
-"""Width of the 3×3 convolutions in res2 to res5."""
+"""Width of the 3×3 convolutions in res2 to res5 where there is one group."""
+
+StrideIn = Literal["3x3", "1x1"]
+"""The convolution of a bottleneck that has the stride."""
 
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions and the shortcut around them."""
-
-    expansion = 1
 
     def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -33,16 +39,24 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions and the shortcut around them."""
+    """1×1, 3×3 and 1×1 convolutions and the shortcut around them; the 3×3 may be in groups."""
 
-    expansion = 4
-
-    def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        width: int,
+        stride: int,
+        groups: int,
+        stride_in: StrideIn,
+        norm: Norm,
+    ) -> None:
         super().__init__()
-        out_channels = channels * self.expansion
-        self.conv1 = ConvNorm(in_channels, channels, kernel_size=1, norm=norm)
-        self.conv2 = ConvNorm(channels, channels, kernel_size=3, stride=stride, norm=norm)
-        self.conv3 = ConvNorm(channels, out_channels, kernel_size=1, norm=norm, relu=False)
+        first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
+        self.conv1 = ConvNorm(in_channels, width, kernel_size=1, stride=first, norm=norm)
+        self.conv2 = ConvNorm(width, width, kernel_size=3, stride=second, groups=groups, norm=norm)
+        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm, relu=False)
         self.shortcut = _shortcut(in_channels, out_channels, stride=stride, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,39 +64,75 @@ class Bottleneck(nn.Module):
         return self.conv3(self.conv2(self.conv1(x))).add_(shortcut).relu_()  # type: ignore[no-any-return]
 
 
-class ResNet(nn.Module):
-    """Stem and four stages of blocks."""
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What one ResNet differs from another in."""
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], depths: tuple[int, int, int, int], *, norm: Norm) -> None:
+    depths: tuple[int, int, int, int]
+    """Blocks of res2 to res5."""
+    bottleneck: bool = True
+    """Bottlenecks, or the two 3×3 convolutions of ResNet-18."""
+    groups: int = 1
+    """Of the 3×3 convolution."""
+    width_per_group: int = 64
+    """Channels of a group in res2, doubled with each stage."""
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Of C2 to C5."""
+        return tuple(channels * (4 if self.bottleneck else 1) for channels in STAGE_CHANNELS)
+
+    def stage(self, index: int, *, stride_in: StrideIn, norm: Norm) -> nn.Sequential:
+        """The blocks of res2 (index 0) to res5 (3)."""
+        blocks: list[nn.Module] = []
+        in_channels = STAGE_CHANNELS[0] if index == 0 else self.out_channels[index - 1]
+        for number in range(self.depths[index]):
+            stride = 2 if number == 0 and index > 0 else 1
+            if self.bottleneck:
+                width = self.groups * self.width_per_group * 2**index
+                block: nn.Module = Bottleneck(
+                    in_channels,
+                    self.out_channels[index],
+                    width=width,
+                    stride=stride,
+                    groups=self.groups,
+                    stride_in=stride_in,
+                    norm=norm,
+                )
+            else:
+                block = BasicBlock(in_channels, STAGE_CHANNELS[index], stride=stride, norm=norm)
+            blocks.append(block)
+            in_channels = self.out_channels[index]
+        return nn.Sequential(*blocks)
+
+
+ARCHITECTURES: dict[Body, Architecture] = {
+    "resnet18": Architecture(depths=(2, 2, 2, 2), bottleneck=False),
+    "resnet50": Architecture(depths=(3, 4, 6, 3)),
+    "resnet101": Architecture(depths=(3, 4, 23, 3)),
+    "resnext101_32x8d": Architecture(depths=(3, 4, 23, 3), groups=32, width_per_group=8),
+}
+
+
+class ResNet(nn.Module):
+    """Stem and the first stages of blocks, as many as asked for."""
+
+    def __init__(self, architecture: Architecture, *, num_stages: int = 4, stride_in: StrideIn, norm: Norm) -> None:
         super().__init__()
         self.stem = ConvNorm(3, STAGE_CHANNELS[0], kernel_size=7, stride=2, norm=norm)
-        stages, in_channels = [], STAGE_CHANNELS[0]
-        for channels, depth, stride in zip(STAGE_CHANNELS, depths, (1, 2, 2, 2), strict=True):
-            blocks = [block(in_channels, channels, stride=stride, norm=norm)]
-            in_channels = channels * block.expansion
-            blocks += [block(in_channels, channels, stride=1, norm=norm) for _ in range(depth - 1)]
-            stages.append(nn.Sequential(*blocks))
-        self.res2, self.res3, self.res4, self.res5 = stages
-        self.out_channels = tuple(channels * block.expansion for channels in STAGE_CHANNELS)
-        """Of C2 to C5."""
+        self.stage_names = [f"res{index + 2}" for index in range(num_stages)]
+        for index, name in enumerate(self.stage_names):
+            self.add_module(name, architecture.stage(index, stride_in=stride_in, norm=norm))
+        self.out_channels = architecture.out_channels[:num_stages]
+        """Of C2 and on."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = F.max_pool2d(self.stem(images), kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
         features = []
-        for stage in (self.res2, self.res3, self.res4, self.res5):
-            x = stage(x)
+        for name in self.stage_names:
+            x = self.get_submodule(name)(x)
             features.append(x)
         return features  # (N, C, H/4, W/4) to (N, 8 C, H/32, W/32)
-
-
-def resnet18(*, norm: Norm) -> ResNet:
-    """ResNet-18."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), norm=norm)
-
-
-def resnet50(*, norm: Norm) -> ResNet:
-    """ResNet-50."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), norm=norm)
 
 
 def _shortcut(in_channels: int, out_channels: int, *, stride: int, norm: Norm) -> ConvNorm | None:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
+
+from model.boxes import full_precision
 
 CANONICAL_SCALE = 224.0
 """FPN eq. 1: a box of 224 px, the side of an ImageNet crop, maps to …"""
@@ -40,10 +42,23 @@ class _Sampling(NamedTuple):
     aligned: bool
 
 
-def assign_levels(boxes: Tensor, num_levels: int, *, first_level: int = 2) -> Tensor:
-    """Index in ``0..num_levels-1`` of the level each box of (R, 4) is pooled from; level k has stride 2ᵏ."""
+def assign_levels(
+    boxes: Tensor,
+    num_levels: int,
+    *,
+    first_level: int = 2,
+    rounding: Literal["torchvision", "detectron2"] = "torchvision",
+) -> Tensor:
+    """Index in ``0..num_levels-1`` of the level each box of (R, 4) is pooled from; level k has stride 2ᵏ.
+
+    ``rounding`` is the recipe's ``roi_levels``: what keeps a box on the border between two levels from the lower one.
+    """
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    level = torch.floor(CANONICAL_LEVEL + torch.log2(area.clamp(min=0).sqrt() / CANONICAL_SCALE) + 1e-6)
+    ratio = area.clamp(min=0).sqrt() / CANONICAL_SCALE
+    if rounding == "torchvision":
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(ratio) + 1e-6)
+    else:
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(ratio + 1e-8))
     return (level.clamp(first_level, first_level + num_levels - 1) - first_level).to(torch.int64)  # (R,)
 
 
@@ -56,6 +71,7 @@ def multilevel_roi_align(
     output_size: int,
     sampling_ratio: int,
     aligned: bool,
+    rounding: Literal["torchvision", "detectron2"] = "torchvision",
 ) -> Tensor:
     """Pool each box from its own level: (R, C, S, S), channels-last, in the dtype of the features.
 
@@ -66,7 +82,7 @@ def multilevel_roi_align(
         raise ValueError(f"features and strides must be as many, got {len(features)} and {len(strides)}")
     num_channels = features[0].shape[1]
     boxes = boxes.where(boxes.isfinite().all(dim=1, keepdim=True), _OUTSIDE)
-    level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])))
+    level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])), rounding=rounding)
     pooled = features[0].new_empty((len(boxes), output_size, output_size, num_channels))
     pool = _pool_by_bags if _fits_embedding_bag(features, sampling_ratio) else _pool_by_torchvision
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
@@ -84,8 +100,9 @@ def _fits_embedding_bag(features: Sequence[Tensor], sampling_ratio: int) -> bool
 
 def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
     # torchvision has no bfloat16 kernel, and a half-precision box would move by pixels.
+    precise = full_precision(feature)
     maps = torchvision_roi_align(
-        feature.float(), rois.float(), sampling.output_size, sampling.scale, sampling.ratio, sampling.aligned
+        precise, rois.to(precise), sampling.output_size, sampling.scale, sampling.ratio, sampling.aligned
     )
     pooled[place] = maps.permute(0, 2, 3, 1).to(pooled.dtype)  # (R, S, S, C)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from model import boxes as box_math
-from model.anchors import anchors_at, cell_stride
-from model.config import Recipe
+from model.anchors import anchors_at
 from model.conv_norm import ConvNorm
 from model.nms import segment_nms
+from model.recipe import Recipe
 from model.structures import ImageSize
 
 # N images, L levels of H × W cells, A anchors in a cell, P proposals of an image.
@@ -51,22 +51,24 @@ def propose(
     cells: Sequence[Tensor],
     *,
     grids: Sequence[ImageSize],
-    input_size: ImageSize,
+    strides: Sequence[ImageSize],
     image_sizes: Tensor,
     recipe: Recipe,
 ) -> Proposals:
     """Proposals from the head's outputs for each level; `image_sizes` (N, 2) are inside the padding."""
     chosen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for (objectness, all_deltas), cell, grid in zip(outputs, cells, grids, strict=True):
+    for (objectness, all_deltas), cell, grid, stride in zip(outputs, cells, grids, strides, strict=True):
         logits, index = objectness.topk(min(recipe.rpn_pre_nms, objectness.shape[1]), dim=1)  # (N, k)
-        anchors = anchors_at(index, cell, grid=grid, stride=cell_stride(input_size, grid))  # (N, k, 4)
+        anchors = anchors_at(index, cell, grid=grid, stride=stride)  # (N, k, 4)
         deltas = all_deltas.gather(1, index[..., None].expand(-1, -1, 4))  # (N, k, 4)
         chosen.append((logits, anchors, deltas, index.new_full(index.shape, len(chosen))))
     logits, anchors, deltas, level_index = (torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))  # (N, Σk…)
     boxes = box_math.decode(deltas, anchors, weights=recipe.rpn_delta_weights, max_log_scale=recipe.max_log_scale)
     boxes = box_math.clip(boxes, image_sizes[:, None])
-    scores = logits.sigmoid()  # not the logits: equal probabilities must tie
+    scores = logits.sigmoid()
     usable = box_math.wide_enough(boxes, recipe.rpn_min_side) & (scores >= recipe.rpn_score_threshold)
+    if recipe.rpn_ranking == "logit":
+        scores = logits
 
     image_index, place = usable.nonzero(as_tuple=True)  # (B,), (B,)
     boxes, scores = boxes[image_index, place], scores[image_index, place]  # (B, 4), (B,)

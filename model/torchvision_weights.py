@@ -1,4 +1,4 @@
-"""Recognising torchvision's Mask R-CNN state dicts by their keys, and putting our names on them.
+"""Recognising torchvision's R-CNN and ResNet state dicts by their keys, and putting our names on them.
 
 Both of torchvision's key styles are read: the one it writes now and the one of its first published file (2019).
 """
@@ -11,10 +11,14 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model.config import R50_FPN, ModelConfig, Recipe
+from model.config import Body, ModelConfig
+from model.network import Network
+from model.recipe import Recipe
+from model.resnet import ARCHITECTURES
 
 # Ours on the left; torchvision's names follow by applying the first row that matches, then the rest of the list.
 _TO_TORCHVISION = [
+    (r"^res5\.", "backbone.body.layer4."),
     (r"^body\.stem\.conv\.", "backbone.body.conv1."),
     (r"^body\.stem\.norm\.", "backbone.body.bn1."),
     (r"^body\.res2\.", "backbone.body.layer1."),
@@ -36,6 +40,8 @@ _TO_TORCHVISION = [
     (r"^mask_head\.convs\.", "roi_heads.mask_head."),
     (r"^mask_head\.upsample\.", "roi_heads.mask_predictor.conv5_mask."),
     (r"^mask_head\.mask_logits\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    *((rf"^keypoint_head\.convs\.{i}\.conv\.", f"roi_heads.keypoint_head.{2 * i}.") for i in range(32)),
+    (r"^keypoint_head\.upsample\.", "roi_heads.keypoint_predictor.kps_score_lowres."),
     (r"(inner_blocks|layer_blocks|head\.conv|box_head|mask_head)\.(\d)\.conv\.", r"\1.\2.0."),
     (r"(inner_blocks|layer_blocks|box_head|mask_head)\.(\d)\.norm\.", r"\1.\2.1."),
 ]
@@ -49,7 +55,9 @@ _FROM_FIRST_STYLE = [
     *((rf"^roi_heads\.mask_head\.mask_fcn{i + 1}\.", f"roi_heads.mask_head.{i}.0.") for i in range(4)),
 ]
 
-_CLASS_WEIGHT = "roi_heads.box_predictor.cls_score.weight"
+# Tensors whose shapes tell the architecture.
+_CLASS_LOGITS = "roi_heads.box_predictor.cls_score.weight"
+_KEYPOINTS = "roi_heads.keypoint_predictor.kps_score_lowres.weight"
 
 
 def is_torchvision(names: Iterable[str]) -> bool:
@@ -70,16 +78,61 @@ def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def recognise(tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, Recipe]:
     """The architecture and conventions of a state dict that `is_torchvision`; keys are not yet checked one by one."""
-    weight = tensors.get(_CLASS_WEIGHT)
-    config = R50_FPN(num_classes=91 if weight is None or weight.dim() == 0 else len(weight))
     # A frozen norm counts no batches. torchvision's published v1 weights were trained with an eps of 0 in theirs, and
     # what is tuned from them keeps it; BatchNorm2d has the default.
     counts_batches = any(name.endswith(".num_batches_tracked") for name in tensors)
-    recipe = Recipe() if counts_batches else Recipe(norm="frozen", norm_eps=0.0)
-    if "roi_heads.box_head.5.weight" in tensors:
+    is_v2 = "roi_heads.box_head.5.weight" in tensors
+    config = ModelConfig(
+        body=_body(tensors, "backbone.body."),
+        num_classes=max(2, _length(tensors, _CLASS_LOGITS, axis=0, default=91)),
+        norm="batch" if counts_batches or is_v2 else "frozen",
+        mask_head="fcn" if any(name.startswith("roi_heads.mask_") for name in tensors) else "none",
+        num_keypoints=_length(tensors, _KEYPOINTS, axis=1, default=0),
+    )
+    if is_v2:
         config = replace(config, fpn_norm=True, rpn_convs=2, box_head="4conv1fc", head_norm=True)
-        recipe = Recipe()
-    return config, recipe
+    return config, Recipe() if counts_batches or is_v2 else Recipe(norm_eps=0.0)
+
+
+def body_tensors(tensors: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    """The parameters of the network's body, and of its res5, from one of torchvision's ImageNet ResNets.
+
+    Raises:
+        ValueError: the ResNet is another one.
+    """
+    wanted = {name: value for name, value in network.tensors().items() if name.startswith(("body.", "res5."))}
+    theirs = {name: _rename(name, _TO_TORCHVISION).removeprefix("backbone.body.") for name in wanted}
+    unused = {name for name in tensors if not name.endswith(".num_batches_tracked")} - set(theirs.values())
+    faults = [f"{name} is missing" for name in theirs.values() if name not in tensors]
+    faults += [f"{name} is unexpected" for name in sorted(unused) if not name.startswith("fc.")]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[ours].shape)}"
+        for ours, name in theirs.items()
+        if name in tensors and tensors[name].shape != wanted[ours].shape
+    ]
+    if faults:
+        raise ValueError(f"the weights of the body do not fit in {len(faults)} places, first: {faults[0]}")
+    return {ours: tensors[name].float() for ours, name in theirs.items()}
+
+
+def _body(tensors: Mapping[str, Tensor], prefix: str) -> Body:
+    """Which ResNet it is, by its blocks."""
+    depths = tuple(
+        len({name.split(".")[3] for name in tensors if name.startswith(f"{prefix}layer{stage}.")})
+        for stage in range(1, 5)
+    )
+    has_bottlenecks = f"{prefix}layer1.0.conv3.weight" in tensors
+    width = _length(tensors, f"{prefix}layer1.0.conv2.weight", axis=0, default=0)
+    for name, architecture in ARCHITECTURES.items():
+        first_width = architecture.groups * architecture.width_per_group
+        if (architecture.depths, architecture.bottleneck, first_width) == (depths, has_bottlenecks, width):
+            return name
+    return "resnet50"  # whose keys the check will name as missing
+
+
+def _length(tensors: Mapping[str, Tensor], name: str, *, axis: int, default: int) -> int:
+    tensor = tensors.get(name)
+    return default if tensor is None or tensor.dim() <= axis else tensor.shape[axis]
 
 
 def torchvision_name(name: str, config: ModelConfig) -> str:
@@ -87,8 +140,17 @@ def torchvision_name(name: str, config: ModelConfig) -> str:
     return _rename(name, [*(_V1_LINEAR if config.box_head == "2fc" else _V2_LINEAR), *_TO_TORCHVISION])
 
 
+def categories(config: ModelConfig) -> dict[int, str]:
+    """Names of the classes: COCO's where there are as many, a person where there are keypoints, else numbers."""
+    if config.num_classes == 91:
+        return coco_categories()
+    if config.num_classes == 2 and config.num_keypoints == 17:
+        return {1: "person"}
+    return {index: f"class {index}" for index in range(1, config.num_classes)}
+
+
 def coco_categories() -> dict[int, str]:
-    """COCO's 91 ids and names as torchvision's weights carry them, background left out."""
+    """COCO's 90 ids and names as torchvision's weights carry them, background left out."""
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
 
     names = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,14 +15,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.config import Recipe
+from model.pillow_resize import pillow_resize
+from model.recipe import Recipe
 from model.structures import ImageSize
 
 
-def resized_size(size: ImageSize, *, min_size: int, max_size: int) -> ImageSize:
-    """The size the short side's rule gives; sides are rounded down, and never to nothing."""
-    factor = min(min_size / min(size), max_size / max(size))
-    return ImageSize(max(1, math.floor(size.height * factor)), max(1, math.floor(size.width * factor)))
+def resized_size(
+    size: ImageSize, *, min_size: int, max_size: int, rule: Literal["torchvision", "detectron2"] = "torchvision"
+) -> ImageSize:
+    """The size the short side's rule gives: sides rounded down (torchvision) or to the nearest, never to nothing."""
+    if rule == "torchvision":
+        factor = min(min_size / min(size), max_size / max(size))
+        return ImageSize(max(1, math.floor(size.height * factor)), max(1, math.floor(size.width * factor)))
+    # in detectron2's order: the long side's bound is applied to the sides the short one's gave
+    factor = min_size / min(size)
+    height, width = size.height * factor, size.width * factor
+    if max(height, width) > max_size:
+        factor = max_size / max(height, width)
+        height, width = height * factor, width * factor
+    return ImageSize(max(1, math.floor(height + 0.5)), max(1, math.floor(width + 0.5)))
 
 
 def padded_size(size: ImageSize, *, divisor: int) -> ImageSize:
@@ -58,10 +70,12 @@ def to_input(
         pixels = torch.from_numpy(_writable(image)).to(device)  # (H, W, 3)
         if recipe.channel_order == "BGR":
             pixels = pixels.flip(-1)
+        if recipe.resize == "detectron2":
+            pixels = pillow_resize(pixels, size)
         values = ((pixels.float() / recipe.pixel_range - mean) / std).permute(2, 0, 1)  # (3, H, W)
-        place[:, : size.height, : size.width] = F.interpolate(
-            values[None], size=size, mode="bilinear", align_corners=False
-        )[0]
+        if recipe.resize == "torchvision":
+            values = F.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
+        place[:, : size.height, : size.width] = values
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing weight files: ours (safetensors) and torchvision's (.pth), recognised by their contents.
+"""Reading and writing weight files: ours (safetensors), torchvision's and detectron2's, recognised by their contents.
 
 A file is checked name by name and shape by shape before anything is computed. Nothing in a file is ever executed.
 """
@@ -9,11 +9,12 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import URLError
 
 import safetensors
@@ -21,10 +22,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model import torchvision_weights
-from model.config import ModelConfig, Recipe
+from model import detectron2_weights, torchvision_weights
+from model.array_pickle import load_arrays
+from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.network import Network, Precision, build_network
+from model.recipe import Recipe
 
 Source = str | Path | bytes
 """A path, the contents of a file, or the name `coco`."""
@@ -32,8 +35,14 @@ Source = str | Path | bytes
 # What torch.load raises over files that were cut or altered, found by cutting and altering some.
 _DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
 
+# torch.save wrote pickles until it wrote zips, this number first.
+_FIRST_TORCH_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+_Given = TypeVar("_Given")
+_Result = TypeVar("_Result")
+
 _METADATA_KEY = "maskline"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ def to_bytes(network: Network, config: ModelConfig, recipe: Recipe, categories: 
         "recipe": recipe.to_json(),
         "categories": {str(index): name for index, name in sorted(categories.items())},
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.tensors().items()}
     # one key of metadata: safetensors keeps several in no particular order
     return bytes(safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(document, sort_keys=True)}))
 
@@ -111,7 +120,7 @@ def _read(source: Source, name: str | None) -> tuple[WeightsInfo, dict[str, Tens
     name = name or (path.name if path else f"weights-{sha256[:12]}")
     if contents[8:9] == b"{":
         return _read_ours(contents, name, sha256)
-    return _read_torchvision(contents, name, sha256)
+    return _read_foreign(contents, name, sha256)
 
 
 def _open(source: Source) -> tuple[bytes, Path | None]:
@@ -123,7 +132,7 @@ def _open(source: Source) -> tuple[bytes, Path | None]:
     except OSError as error:
         raise ValueError(
             f"cannot read weights {str(source)!r}: {error.strerror or error}; "
-            "give a .safetensors or .pth file, or the name 'coco'"
+            "give a .safetensors, .pth or .pkl file, or the name 'coco'"
         ) from error
 
 
@@ -164,8 +173,11 @@ def _our_document(header: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(document)
 
 
-def _read_torchvision(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
+def _read_foreign(contents: bytes, name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
     loaded = _unpickle(contents, name)
+    tensors = _named(name, detectron2_weights.state_dict, loaded)
+    if tensors is not None:
+        return _read_detectron2(tensors, name, sha256)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         keys = f" with the keys {', '.join(map(str, loaded))[:200]}" if isinstance(loaded, dict) else ""
         raise ValueError(
@@ -174,38 +186,61 @@ def _read_torchvision(contents: bytes, name: str, sha256: str) -> tuple[WeightsI
         )
     if not torchvision_weights.is_torchvision(loaded):
         raise ValueError(
-            f"weights {name} have {len(loaded)} tensors whose names are not those of a torchvision Mask R-CNN "
-            f"(first: {', '.join(list(loaded)[:3])}); give maskrcnn_resnet50_fpn or maskrcnn_resnet50_fpn_v2"
+            f"weights {name} have {len(loaded)} tensors whose names are not those of an R-CNN of torchvision or "
+            f"detectron2 (first: {', '.join(list(loaded)[:3])}); give a Mask, Keypoint or Faster R-CNN"
         )
+    return _read_torchvision(loaded, name, sha256)
+
+
+def _read_torchvision(loaded: dict[str, Tensor], name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
     config, recipe = torchvision_weights.recognise(loaded)
     tensors = torchvision_weights.current_names(loaded)
     shapes = _shapes(config, recipe)
     theirs = {ours: torchvision_weights.torchvision_name(ours, config) for ours in shapes}
     _check_tensors(tensors, {theirs[ours]: shape for ours, shape in shapes.items()}, name)
-    if config.num_classes == 91:
-        categories = torchvision_weights.coco_categories()
-    else:
-        categories = {index: f"class {index}" for index in range(1, config.num_classes)}
+    categories = torchvision_weights.categories(config)
     info = WeightsInfo(name=name, sha256=sha256, config=config, recipe=recipe, categories=categories)
     return info, {ours: tensors[theirs[ours]].float() for ours in shapes}
 
 
+def _read_detectron2(loaded: dict[str, Tensor], name: str, sha256: str) -> tuple[WeightsInfo, dict[str, Tensor]]:
+    config, recipe = _named(name, detectron2_weights.recognise, loaded)
+    tensors = detectron2_weights.parameters(loaded)
+    shapes = _shapes(config, recipe)
+    theirs = {ours: detectron2_weights.detectron2_name(ours, config) for ours in shapes}
+    wanted = {theirs[ours]: detectron2_weights.detectron2_shape(ours, shape, config) for ours, shape in shapes.items()}
+    _check_tensors(tensors, wanted, name)
+    categories = detectron2_weights.categories(config)
+    info = WeightsInfo(name=name, sha256=sha256, config=config, recipe=recipe, categories=categories)
+    return info, {ours: detectron2_weights.our_tensor(ours, tensors[theirs[ours]].float(), config) for ours in shapes}
+
+
 def _unpickle(contents: bytes, name: str) -> object:
+    """What torch.save wrote, or a pickle of arrays as detectron2's `.pkl` is. Nothing in either is run."""
+    if contents[:1] == b"\x80" and not contents.startswith(_FIRST_TORCH_FORMAT):
+        return _named(name, load_arrays, contents)
     try:
         return torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"weights {name} are no file of tensors, or hold objects besides them, which are not loaded "
-            f"because they could run code: {str(error).splitlines()[0]}; save the network's state_dict() alone"
-        ) from error
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"hold {refused[1]}, which is not loaded because it could run code" if refused else "hold no tensors"
+        raise ValueError(f"weights {name} {found}; save the network's state_dict() alone") from error
     except _DAMAGED as error:
         raise ValueError(f"weights {name} are cut short or damaged: {error}; copy the file again") from error
+
+
+def _named(name: str, step: Callable[[_Given], _Result], given: _Given) -> _Result:
+    """The step's result; its errors say which file they are about."""
+    try:
+        return step(given)
+    except ValueError as error:
+        raise ValueError(f"weights {name}: {error}") from error
 
 
 def _shapes(config: ModelConfig, recipe: Recipe) -> dict[str, torch.Size]:
     with torch.device("meta"):
         network = build_network(config, recipe)
-    return {name: value.shape for name, value in network.state_dict().items()}
+    return {name: value.shape for name, value in network.tensors().items()}
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name: str) -> None:
@@ -222,8 +257,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
     faults = [f"{len(keys)} {kind} (first: {', '.join(keys[:3])})" for kind, keys in kinds.items() if keys]
     if faults:
         raise ValueError(
-            f"weights {name} do not fit, of {len(expected)} tensors: {'; '.join(faults)}; give a whole Mask R-CNN "
-            "R-50-FPN of torchvision (v1 or v2), or a file that model.save wrote"
+            f"weights {name} do not fit, of {len(expected)} tensors: {'; '.join(faults)}; give a whole Mask, Keypoint "
+            "or Faster R-CNN of torchvision or detectron2, or a file that model.save wrote"
         )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,4 +209,35 @@ def test_a_wrong_request_exits_2_and_starts_nothing(
     assert run.returncode == 2, run.stderr
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_keypoint_network_leaves_keypoints_and_no_masks(archive: Path, tmp_path: Path) -> None:
+    config = replace(
+        model.R18_FPN(num_classes=2, min_size=96, max_size=160),
+        mask_head="none",
+        num_keypoints=4,
+        keypoint_convs=1,
+        keypoint_channels=16,
+    )
+    weights, output = tmp_path / "keypoints.safetensors", tmp_path / "out"
+    model.save(model.random_network(config, seed=0), weights)
+    summary = last_json(maskline("segment", archive / "loose", "--output", output, "--weights", weights, "--json"))
+    rows = open_results(str(output)).instances().to_table().to_pylist()
+    assert len(rows) == summary["instances"] > 0
+    for row in rows:
+        assert row["mask_rle"] is None
+        points = np.array(row["keypoints"]).reshape(4, 3)
+        assert (points[:, 0] >= row["x1"] - 1).all()
+        assert (points[:, 0] <= row["x2"] + 1).all()
+
+
+def test_a_network_that_needs_proposals_is_refused_with_the_way_out(archive: Path, tmp_path: Path) -> None:
+    config = replace(model.R18_FPN(num_classes=3, min_size=96, max_size=160), proposals="given", mask_head="none")
+    weights = tmp_path / "fast.safetensors"
+    model.save(model.random_network(config, seed=0), weights)
+    run = maskline("segment", archive, "--output", tmp_path / "out", "--weights", weights)
+    assert run.returncode == 2
+    assert "fast.safetensors are a Fast R-CNN" in run.stderr
+    assert "predict(images, proposals=...)" in run.stderr
     assert not (tmp_path / "out").exists()

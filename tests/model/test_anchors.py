@@ -7,7 +7,9 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from model.anchors import anchors_at, cell_anchors, cell_stride
+from model.anchors import anchors_at, anchors_of, cell_anchors, cell_strides
+from model.config import R50_C4, R50_FPN
+from model.recipe import Recipe
 from model.structures import ImageSize
 from tests.reference import anchors as reference
 
@@ -51,7 +53,7 @@ def test_anchors_are_torchvisions_bit_for_bit(size: ImageSize) -> None:
             torch.arange(grid.height * grid.width * 3),
             cell_anchors(side, RATIOS, rounded=True),
             grid=grid,
-            stride=cell_stride(size, grid),
+            stride=cell_strides(size, [grid], rule="fitted")[0],
         )
         for grid, side in zip(grids, (32, 64, 128, 256, 512), strict=True)
     ]
@@ -59,7 +61,18 @@ def test_anchors_are_torchvisions_bit_for_bit(size: ImageSize) -> None:
 
 
 def test_stride_of_a_level_that_does_not_divide() -> None:
-    assert cell_stride(ImageSize(800, 1088), ImageSize(13, 17)) == ImageSize(61, 64)
+    grids = [ImageSize(200 >> level, 272 >> level) for level in range(4)] + [ImageSize(13, 17)]
+    fitted = cell_strides(ImageSize(800, 1088), grids, rule="fitted")
+    assert fitted == [ImageSize(4, 4), ImageSize(8, 8), ImageSize(16, 16), ImageSize(32, 32), ImageSize(61, 64)]
+    assert cell_strides(ImageSize(800, 1088), grids, rule="fixed") == [*fitted[:4], ImageSize(64, 64)]
+    assert cell_strides(ImageSize(800, 1088), grids[2:3], rule="fixed") == [ImageSize(16, 16)]
+
+
+def test_a_pyramid_has_one_size_a_level_and_one_map_has_all() -> None:
+    apart = anchors_of(R50_FPN(), Recipe())
+    assert [len(cell) for cell in apart] == [3] * 5
+    (together,) = anchors_of(R50_C4(), Recipe())
+    assert torch.equal(together, torch.cat(apart))
 
 
 def test_no_index_no_anchor() -> None:

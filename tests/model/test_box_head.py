@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from model.box_head import BoxHead, Chosen, choose
-from model.config import Recipe
+from model.recipe import Recipe
 from model.rpn import Proposals
 
 SIZES = torch.tensor([[100.0, 200.0]])

@@ -6,9 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_iou
 
 from model import boxes as box_math
 from tests.reference import anchors as reference
+from tests.reference import matcher as overlaps
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 CLIP = math.log(1000 / 16)
@@ -53,6 +55,74 @@ def test_decode_is_torchvisions_bit_for_bit() -> None:
     assert torch.equal(box_math.decode(deltas, boxes, weights=WEIGHTS, max_log_scale=CLIP), theirs)
 
 
+def test_encode_by_hand() -> None:
+    box = torch.tensor([[10.0, 20.0, 30.0, 60.0]])  # 20 × 40 around (20, 40)
+    target = torch.tensor([[20.0, 10.0, 60.0, 30.0]])  # 40 × 20 around (40, 20)
+    expected = torch.tensor([[2 * 20 / 20, 3 * -20 / 40, 4 * math.log(40 / 20), 5 * math.log(20 / 40)]])
+    torch.testing.assert_close(box_math.encode(box, target, weights=(2, 3, 4, 5)), expected)
+
+
+def test_encode_agrees_with_the_loop_and_decode_inverts_it() -> None:
+    torch.manual_seed(1)
+    boxes, targets = _random_boxes(60).view(3, 20, 4), _random_boxes(60).view(3, 20, 4)
+    found = box_math.encode(boxes, targets, weights=WEIGHTS)
+    for deltas, target, box in zip(found.view(-1, 4), targets.view(-1, 4), boxes.view(-1, 4), strict=True):
+        expected = reference.encode(tuple(target.tolist()), tuple(box.tolist()), WEIGHTS)
+        torch.testing.assert_close(deltas, torch.tensor(expected), rtol=0, atol=1e-3)
+    again = box_math.decode(found, boxes, weights=WEIGHTS, max_log_scale=10.0)
+    torch.testing.assert_close(again, targets, rtol=0, atol=1e-3)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([WEIGHTS, (1.0, 1.0, 1.0, 1.0), (0.1, 0.3, 0.7, 1.9)]))
+def test_encode_is_torchvisions_bit_for_bit(seed: int, weights: tuple[float, float, float, float]) -> None:
+    torch.manual_seed(seed)
+    boxes, targets = _random_boxes(67), _random_boxes(67)
+    assert torch.equal(
+        box_math.encode(boxes, targets, weights=weights), BoxCoder(weights).encode([targets], [boxes])[0]
+    )
+
+
+def test_gradients_of_encode() -> None:
+    torch.manual_seed(2)
+    boxes, targets = (_random_boxes(3).double().requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *each: box_math.encode(*each, weights=WEIGHTS), (boxes, targets))
+
+
+def test_half_precision_boxes_are_encoded_in_float32() -> None:
+    torch.manual_seed(3)
+    boxes, targets = _random_boxes(20).bfloat16(), _random_boxes(20).bfloat16()
+    found = box_math.encode(boxes, targets, weights=WEIGHTS)
+    assert found.dtype == torch.float32
+    expected = box_math.encode(boxes.float(), targets.float(), weights=WEIGHTS)
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_overlaps_by_hand() -> None:
+    # 4 × 4 and 4 × 2 share 2 × 2: 4 of 16 + 8 - 4
+    one, other = torch.tensor([[0.0, 0, 4, 4]]), torch.tensor([[2.0, 2, 6, 4], [4, 0, 8, 4], [0, 0, 4, 4]])
+    assert box_math.intersection(one, other).tolist() == [[4.0, 0.0, 16.0]]
+    torch.testing.assert_close(box_math.iou(one, other), torch.tensor([[4 / 20, 0.0, 1.0]]))
+    assert box_math.area(other).tolist() == [8.0, 16.0, 16.0]
+
+
+@given(st.integers(0, 2**31))
+def test_iou_is_torchvisions_bit_for_bit_and_the_loops(seed: int) -> None:
+    torch.manual_seed(seed)
+    boxes, others = _random_boxes(14).view(2, 7, 4), _random_boxes(10).view(2, 5, 4)
+    found = box_math.iou(boxes, others)  # (2, 7, 5)
+    for image in range(2):
+        assert torch.equal(found[image], box_iou(boxes[image], others[image]))
+        expected = [[overlaps.iou(box, other) for other in others[image].tolist()] for box in boxes[image].tolist()]
+        torch.testing.assert_close(found[image], torch.tensor(expected), rtol=0, atol=1e-5)
+    assert torch.equal(box_math.iou(others, boxes), found.transpose(1, 2))
+
+
+def test_boxes_without_area_do_not_overlap() -> None:
+    point = torch.tensor([[3.0, 3, 3, 3]])
+    assert box_math.iou(point, point).tolist() == [[0.0]]
+    assert box_math.iou(point, torch.tensor([[0.0, 0, 9, 9]])).tolist() == [[0.0]]
+
+
 def test_decoding_follows_a_shift_of_the_boxes() -> None:
     torch.manual_seed(0)
     boxes, deltas = _random_boxes(20), torch.randn(20, 4)
@@ -91,5 +161,7 @@ def test_first_of_each_image_agrees_with_the_loop(image_index: list[int], limit:
 def test_no_boxes() -> None:
     none = torch.zeros(0, 4)
     assert box_math.decode(none, none, weights=WEIGHTS, max_log_scale=CLIP).shape == (0, 4)
+    assert box_math.encode(none, none, weights=WEIGHTS).shape == (0, 4)
+    assert box_math.iou(none, torch.zeros(3, 4)).shape == (0, 3)
     assert box_math.clip(none, torch.zeros(0, 2)).shape == (0, 4)
     assert box_math.wide_enough(none, 1.0).shape == (0,)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from model.config import R18_FPN, R50_FPN, ModelConfig, Recipe
+from model.config import R18_FPN, R50_C4, R50_FPN, R101_FPN, ModelConfig
+from model.recipe import Recipe
 
 
-@pytest.mark.parametrize("config", [R50_FPN(), R18_FPN(num_classes=3), replace(R50_FPN(), box_head="4conv1fc")])
+@pytest.mark.parametrize("config", [R50_FPN(), R18_FPN(num_classes=3), R50_C4(), R101_FPN()])
 def test_config_survives_json(config: ModelConfig) -> None:
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -34,6 +35,10 @@ def test_recipe_survives_json_to_the_last_bit() -> None:
         ("min_size", 0),
         ("max_size", 799),
         ("box_head", "3fc"),
+        ("box_head", "res5"),
+        ("neck", "c4"),
+        ("mask_head", "polygon"),
+        ("num_keypoints", -1),
     ],
 )
 def test_config_names_the_field_that_is_wrong(field: str, value: Any) -> None:
@@ -53,7 +58,8 @@ def test_config_names_the_field_that_is_wrong(field: str, value: Any) -> None:
         ("mask_threshold", 0.0),
         ("max_detections", 0),
         ("paste", "nearest"),
-        ("background", "last"),
+        ("resize", "nearest"),
+        ("keypoint_score", "sum"),
     ],
 )
 def test_recipe_names_the_field_that_is_wrong(field: str, value: Any) -> None:

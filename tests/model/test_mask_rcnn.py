@@ -35,7 +35,7 @@ def _changed(net: MaskRCNN, **changes: Any) -> MaskRCNN:
     return MaskRCNN(net.network, **{**{name: getattr(net, name) for name in names}, **changes})
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v2", "faster v1", "faster v2", "keypoint"])
 def test_agrees_with_torchvision_on_small_inputs(version: str) -> None:
     images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
     theirs = torchvision_network(version, images[0], min_size=160, max_size=256, proposals=200)
@@ -55,7 +55,7 @@ def test_agrees_with_torchvision_on_small_inputs(version: str) -> None:
 
 @pytest.mark.slow
 @needs_coco
-@pytest.mark.parametrize("version", ["v1", "v1-batch-norm", "v2"])
+@pytest.mark.parametrize("version", ["v1", "v1-batch-norm", "v2", "faster v1", "faster v2", "keypoint"])
 def test_agrees_with_torchvision_on_every_image(version: str, capsys: pytest.CaptureFixture[str]) -> None:
     images = {path.name: read_image(path) for path in coco_paths()}
     theirs = torchvision_network(version, next(iter(images.values())))
@@ -162,6 +162,7 @@ def test_nothing_found_is_an_empty_answer(small_net: MaskRCNN) -> None:
 def test_places_that_are_not_filled_hold_zeros(small_net: MaskRCNN) -> None:
     raw = small_net.detect([drawn_image(100, 150)], score_threshold=0.9)
     assert raw.boxes.shape == (1, 100, 4)
+    assert raw.mask_logits is not None
     assert raw.mask_logits.shape == (1, 100, 28, 28)
     empty = ~raw.valid[0]
     assert empty.any()
@@ -179,6 +180,7 @@ def test_bf16_keeps_boxes_and_scores_in_float32(small_net: MaskRCNN) -> None:
     image = drawn_image(200, 300)
     half = _changed(small_net, precision="bf16")
     raw = half.detect([image])
+    assert raw.mask_logits is not None
     assert {raw.boxes.dtype, raw.scores.dtype, raw.mask_logits.dtype} == {torch.float32}
     fraction = raw.boxes[raw.valid].remainder(1)
     assert len(set(fraction.flatten().tolist())) > 50  # coordinates rounded to bfloat16 would be whole above 128

@@ -1,24 +1,21 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import pytest
 import torch
 import torchvision
 
-from model.config import R50_FPN
-from model.conv_norm import FixedNorm
-from model.resnet import ResNet, resnet18, resnet50
+from model.config import R50_FPN, Body
+from model.norm import norm_of
+from model.resnet import ARCHITECTURES, ResNet
 from model.torchvision_weights import torchvision_name
 
-NORM = partial(FixedNorm, eps=1e-5, form="batch")
+NORM = norm_of("batch", 1e-5)
 
 
-@pytest.mark.parametrize(("make", "last"), [(resnet18, 512), (resnet50, 2048)])
-def test_strides_and_widths(make: Callable[..., ResNet], last: int) -> None:
+@pytest.mark.parametrize(("name", "last"), [("resnet18", 512), ("resnet50", 2048), ("resnext101_32x8d", 2048)])
+def test_strides_and_widths(name: Body, last: int) -> None:
     with torch.device("meta"):
-        body = make(norm=NORM)
+        body = ResNet(ARCHITECTURES[name], stride_in="3x3", norm=NORM)
         features = body(torch.zeros(2, 3, 64, 96))
     widths = [last // 8, last // 4, last // 2, last]
     assert body.out_channels == tuple(widths)
@@ -27,12 +24,12 @@ def test_strides_and_widths(make: Callable[..., ResNet], last: int) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
 @torch.inference_mode()
-def test_agrees_with_torchvision(name: str) -> None:
+def test_agrees_with_torchvision(name: Body) -> None:
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)(weights=None).eval()
-    body = {"resnet18": resnet18, "resnet50": resnet50}[name](norm=NORM)
+    body = ResNet(ARCHITECTURES[name], stride_in="3x3", norm=NORM).eval()
     tensors = theirs.state_dict()
     prefix = "backbone.body."
     body.load_state_dict(

@@ -196,6 +196,50 @@ def test_gradients_are_torchvisions() -> None:
         torch.testing.assert_close(gradient, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_gradients_are_those_of_the_function(aligned: bool, sampling_ratio: int) -> None:
+    random = torch.Generator().manual_seed(11)
+    shapes = [(2, 2, 8 // scale, 12 // scale) for scale in (1, 2)]
+    features = [torch.randn(shape, dtype=torch.float64, generator=random).requires_grad_() for shape in shapes]
+    # Inside, without extent, far over every edge (the second level), and half outside.
+    boxes = torch.tensor([[3.0, 2, 40, 30], [9, 9, 9, 9], [-60, -60, 200, 200], [30, -10, 60, 12]])
+
+    def pool(*levels: Tensor) -> Tensor:
+        return multilevel_roi_align(
+            levels,
+            (4, 8),
+            boxes,
+            torch.tensor([0, 1, 1, 0]),
+            output_size=3,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+        )
+
+    assert pool(*features).dtype == torch.float64
+    assert torch.autograd.gradcheck(pool, features)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_training_sees_the_values_of_inference(aligned: bool) -> None:
+    """Without gradients a CPU sums by `embedding_bag`; with them by torchvision's operator."""
+    boxes, image_index = random_boxes(12, 40)
+    without, trained = (
+        multilevel_roi_align(
+            [feature.requires_grad_(trains) for feature in random_pyramid(12)],
+            STRIDES,
+            boxes,
+            image_index,
+            output_size=7,
+            sampling_ratio=2,
+            aligned=aligned,
+        )
+        for trains in (False, True)
+    )
+    assert (without.requires_grad, trained.requires_grad) == (False, True)
+    torch.testing.assert_close(without, trained.detach(), atol=2e-5, rtol=0)
+
+
 def test_output_is_channels_last() -> None:
     pooled = pool_by_7(random_pyramid(4), *random_boxes(4, 9))
     assert pooled.shape == (9, 8, 7, 7)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.config import Recipe
+from model.anchors import cell_strides
+from model.recipe import Recipe
 from model.rpn import Proposals, RPNHead, propose
 from model.structures import ImageSize
 
@@ -34,7 +35,7 @@ def _propose(
         outputs,
         cells or [CELL] * len(levels),
         grids=grids,
-        input_size=INPUT,
+        strides=cell_strides(INPUT, grids, rule="fitted"),
         image_sizes=sizes,
         recipe=recipe or Recipe(),
     )
@@ -54,7 +55,8 @@ def test_overlap_suppresses_within_a_level_only() -> None:
     deltas = torch.zeros(1, 2, 4)
     outputs = (torch.tensor([[2.0, 1.0]]), deltas)
     grids = [ImageSize(1, 1), ImageSize(1, 1)]
-    found = propose([outputs, outputs], [wide, wide], grids=grids, input_size=INPUT, image_sizes=SIZES, recipe=Recipe())
+    strides = [INPUT, INPUT]
+    found = propose([outputs, outputs], [wide, wide], grids=grids, strides=strides, image_sizes=SIZES, recipe=Recipe())
     assert int(found.valid.sum()) == 2
     assert found.boxes[0, :2].tolist() == [[0.0, 0.0, 8.0, 8.0]] * 2
 
@@ -98,3 +100,12 @@ def test_head_orders_its_outputs_as_anchors_are_counted() -> None:
         index = (y * 5 + column) * 3 + anchor
         torch.testing.assert_close(objectness[:, index], head.objectness(x)[:, anchor, y, column])
         torch.testing.assert_close(deltas[:, index], head.deltas(x)[:, anchor * 4 : anchor * 4 + 4, y, column])
+
+
+def test_logits_tell_apart_what_probabilities_cannot() -> None:
+    # both probabilities are 1 in float32: they tie, and the first level stays first
+    levels = [([[40.0, 0.0, 0.0, 0.0]], None), ([[0.0, 0.0, 0.0, 50.0]], None)]
+    by_probability = _propose(levels)
+    by_logit = _propose(levels, recipe=replace(Recipe(), rpn_ranking="logit"))
+    assert by_probability.boxes[0, :2, 0].tolist() == [0.0, 24.0]
+    assert by_logit.boxes[0, :2, 0].tolist() == [24.0, 0.0]

@@ -2,22 +2,46 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+from torchvision.models import resnet18, resnet50, resnet101, resnext101_32x8d
+from torchvision.models.detection import (
+    MaskRCNN,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+)
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import model
-from model.torchvision_weights import coco_categories
+from model import R50_C4
+from model.config import Body
+from model.network import build_network
+from model.torchvision_weights import body_tensors, coco_categories
 
-MAKERS = {"v1": maskrcnn_resnet50_fpn, "v2": maskrcnn_resnet50_fpn_v2}
+MAKERS = {
+    "v1": maskrcnn_resnet50_fpn,
+    "v2": maskrcnn_resnet50_fpn_v2,
+    "faster v1": fasterrcnn_resnet50_fpn,
+    "faster v2": fasterrcnn_resnet50_fpn_v2,
+    "keypoint": keypointrcnn_resnet50_fpn,
+}
 
 
 def _tensors(version: str, num_classes: int = 91) -> dict[str, Tensor]:
     """Of the right names and shapes, each filled with a number of its own."""
     with torch.device("meta"):
         network: nn.Module = MAKERS[version](weights=None, weights_backbone=None, num_classes=num_classes)
+    return _numbered(network)
+
+
+def _numbered(network: nn.Module) -> dict[str, Tensor]:
     shapes = {name: value.shape for name, value in network.state_dict().items()}
     return {name: torch.full(shape, float(index)) for index, (name, shape) in enumerate(shapes.items())}
 
@@ -41,6 +65,7 @@ def _name_of_2019(name: str) -> str:
 def test_versions_are_recognised_with_their_recipes() -> None:
     first, second = model.describe(_file(_tensors("v1"))), model.describe(_file(_tensors("v2")))
     assert first.config == model.R50_FPN()
+    assert second.config.norm == "batch"
     assert (second.config.box_head, second.config.rpn_convs) == ("4conv1fc", 2)
     assert (second.config.fpn_norm, second.config.head_norm) == (True, True)
     assert first.recipe.norm_eps == second.recipe.norm_eps == 1e-5
@@ -48,24 +73,72 @@ def test_versions_are_recognised_with_their_recipes() -> None:
 
 
 def test_frozen_norms_are_those_of_the_published_v1() -> None:
-    recipe = model.describe(_file(_without_counters(_tensors("v1")))).recipe
-    assert (recipe.norm, recipe.norm_eps) == ("frozen", 0.0)
+    info = model.describe(_file(_without_counters(_tensors("v1"))))
+    assert (info.config.norm, info.recipe.norm_eps) == ("frozen", 0.0)
+
+
+@pytest.mark.parametrize("version", ["faster v1", "faster v2"])
+def test_faster_r_cnn_has_no_mask_head(version: str) -> None:
+    info = model.describe(_file(_tensors(version)))
+    assert (info.config.mask_head, info.config.num_keypoints) == ("none", 0)
+    assert info.config.box_head == ("2fc" if version == "faster v1" else "4conv1fc")
+
+
+def test_keypoint_r_cnn_is_recognised() -> None:
+    info = model.describe(_file(_tensors("keypoint", num_classes=2)))
+    assert (info.config.mask_head, info.config.num_keypoints) == ("none", 17)
+    assert info.categories == {1: "person"}
+
+
+@pytest.mark.parametrize("body", ["resnet18", "resnet101", "resnext101_32x8d"])
+def test_other_bodies_are_recognised(body: str) -> None:
+    with torch.device("meta"):
+        backbone = resnet_fpn_backbone(backbone_name=body, weights=None, trainable_layers=5)
+        network = MaskRCNN(backbone, num_classes=4)
+    assert model.describe(_file(_numbered(network))).config.body == body
+
+
+BODIES = {"resnet18": resnet18, "resnet50": resnet50, "resnet101": resnet101, "resnext101_32x8d": resnext101_32x8d}
+
+
+@pytest.mark.parametrize("body", list(BODIES))
+@pytest.mark.parametrize("neck", ["fpn", "c4"])
+def test_bodies_trained_on_imagenet_have_one_place_for_every_tensor(body: Body, neck: Literal["fpn", "c4"]) -> None:
+    config = replace(R50_C4() if neck == "c4" else model.R50_FPN(), body=body)
+    with torch.device("meta"):
+        network, theirs = build_network(config, model.Recipe()), BODIES[body]()
+    tensors = _numbered(theirs)
+    placed = body_tensors(tensors, network)
+    wanted = {
+        float(value.flatten()[0]) for name, value in _without_counters(tensors).items() if not name.startswith("fc.")
+    }
+    assert {float(value.flatten()[0]) for value in placed.values()} == wanted
+    assert len(placed) == len(wanted)
+    assert set(placed) == {name for name in network.tensors() if name.startswith(("body.", "res5."))}
+
+
+def test_another_body_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        network = build_network(model.R50_FPN(), model.Recipe())
+    tensors = _numbered(resnet18())
+    with pytest.raises(ValueError, match=r"do not fit in \d+ places, first: layer1\.0\.conv3\.weight is missing"):
+        body_tensors(tensors, network)
 
 
 def test_the_names_of_the_first_published_file_are_read() -> None:
     now = _without_counters(_tensors("v1"))
     then = {_name_of_2019(name): value for name, value in now.items()}
     assert len(then.keys() - now.keys()) == 26  # 16 of the pyramid, 2 of the RPN, 8 of the mask head
-    new = model.load(_file(now)).network.state_dict()
-    old = model.load(_file(then, legacy=True)).network.state_dict()
+    new = model.load(_file(now)).network.tensors()
+    old = model.load(_file(then, legacy=True)).network.tensors()
     assert list(new) == list(old)
     assert all(torch.equal(new[name], old[name]) for name in new)
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", list(MAKERS))
 def test_every_tensor_has_one_place(version: str) -> None:
     tensors = _without_counters(_tensors(version))
-    placed = model.load(_file(tensors)).network.state_dict()
+    placed = model.load(_file(tensors)).network.tensors()
     assert {float(value.flatten()[0]) for value in placed.values()} == {
         float(value.flatten()[0]) for value in tensors.values()
     }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from model.config import Recipe
+from model.recipe import Recipe
 from model.structures import ImageSize
 from model.transform import padded_size, resized_size, to_input
 from tests.model.conftest import drawn_image

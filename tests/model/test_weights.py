@@ -3,6 +3,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -12,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
 
 import model
 from model import MaskRCNN, weights
@@ -41,7 +43,7 @@ def test_save_and_load_are_bit_for_bit(small_net: MaskRCNN, saved: Path) -> None
         small_net.recipe,
         small_net.categories,
     )
-    mine, theirs = small_net.network.state_dict(), loaded.network.state_dict()
+    mine, theirs = small_net.network.tensors(), loaded.network.tensors()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     image = drawn_image(100, 140)
@@ -93,7 +95,7 @@ def test_faults_are_named_key_by_key(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2, this maskline reads 1"),
+        ({"format": 1}, "format 1, this maskline reads 2"),
         ({"categories": {"1": "cat"}}, "1 categories.*classes 1 to 4"),
         ({"recipe": {}}, "Recipe fields do not match"),
         ({"config": []}, "metadata"),
@@ -116,12 +118,12 @@ def test_files_that_are_no_weights_are_refused(saved: Path, tmp_path: Path) -> N
     for contents, message in (
         (foreign, "without maskline's metadata"),
         (saved.read_bytes()[:1000], "not a whole safetensors file"),
-        (b"", "no file of tensors|cut short"),
-        (b"<html>404</html>", "no file of tensors|cut short"),
+        (b"", "hold no tensors|cut short"),
+        (b"<html>404</html>", "hold no tensors|cut short"),
         (pickled.getvalue(), r"keys model, epoch.*state_dict\(\) alone"),
         (objects.getvalue(), "could run code"),
-        (objects.getvalue()[:100], "no file of tensors|cut short"),
-        (named.getvalue(), "names are not those of a torchvision Mask R-CNN"),
+        (objects.getvalue()[:100], "hold no tensors|cut short"),
+        (named.getvalue(), "names are not those of an R-CNN"),
     ):
         with pytest.raises(ValueError, match=message):
             model.describe(contents)
@@ -184,15 +186,39 @@ def test_coco_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_another_network_of_torchvision_is_refused_in_its_own_names() -> None:
     with torch.device("meta"):
-        theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        theirs = fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
     file = io.BytesIO()
     torch.save({name: torch.zeros(value.shape) for name, value in theirs.state_dict().items()}, file)
-    with pytest.raises(ValueError, match=r"12 missing \(first: roi_heads\.mask_head\.0\.0\.weight"):
+    with pytest.raises(ValueError, match=r"missing \(first: backbone\.body\.conv1\.weight"):
         model.describe(file.getvalue())
 
 
 def test_wider_or_narrower_floats_are_brought_to_float32(small_net: MaskRCNN, saved: Path) -> None:
     tensors = {name: value.to(torch.float64) for name, value in safetensors.torch.load_file(saved).items()}
     loaded = model.load(_rewritten(saved, tensors))
-    assert {value.dtype for value in loaded.network.state_dict().values()} == {torch.float32}
+    assert {value.dtype for value in loaded.network.tensors().values()} == {torch.float32}
     assert loaded.config == small_net.config
+
+
+class _RunsACommand:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("kind", ["pkl", "pth", "legacy pth"])
+def test_a_file_that_would_run_a_command_is_refused_and_runs_nothing(kind: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    contents = {"model": {"backbone.bottom_up.stem.conv1.weight": _RunsACommand(canary)}}
+    path = tmp_path / f"weights.{kind.rsplit(maxsplit=1)[-1]}"
+    if kind == "pkl":
+        path.write_bytes(pickle.dumps(contents))
+    else:
+        torch.save(contents, path, _use_new_zipfile_serialization=kind == "pth")
+    with pytest.raises(ValueError, match=r"weights\.\w+.*(posix|os)\W+system"):
+        model.load(path)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(_RunsACommand(canary)))  # the trap does spring where it may
+    assert canary.exists()

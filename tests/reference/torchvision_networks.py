@@ -25,7 +25,8 @@ def torchvision_network(
     max_size: int = 1333,
     proposals: int = 1000,
 ) -> nn.Module:
-    """maskrcnn_resnet50_fpn ("v1", frozen norms with an eps of 0, as published; "v1-batch-norm") or "v2"."""
+    """maskrcnn_resnet50_fpn ("v1", frozen norms with an eps of 0, as published; "v1-batch-norm") or "v2"; Faster R-CNN
+    ("faster v1", "faster v2"), or "keypoint" of 17 points, as published like v1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sizes = {"min_size": min_size, "max_size": max_size, "rpn_post_nms_top_n_test": proposals}
@@ -44,20 +45,22 @@ def predict(network: nn.Module, image: NDArray[np.uint8]) -> Output:
 
 
 def _build(version: str, **sizes: int) -> nn.Module:
-    from torchvision.models import resnet50
-    from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+    from torchvision.models import detection, resnet50
     from torchvision.models.detection._utils import overwrite_eps
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 
-    network: nn.Module
-    if version == "v2":
-        network = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **sizes)
-    elif version == "v1-batch-norm":
-        network = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes)
-    else:
+    as_published = {"v1": detection.MaskRCNN, "faster v1": detection.FasterRCNN, "keypoint": detection.KeypointRCNN}
+    if version in as_published:
         body = resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
-        network = MaskRCNN(_resnet_fpn_extractor(body, 3), **sizes)
+        network: nn.Module = as_published[version](_resnet_fpn_extractor(body, 3), **sizes)
         overwrite_eps(network, 0.0)
+        return network
+    make = {
+        "v1-batch-norm": detection.maskrcnn_resnet50_fpn,
+        "v2": detection.maskrcnn_resnet50_fpn_v2,
+        "faster v2": detection.fasterrcnn_resnet50_fpn_v2,
+    }[version]
+    network = make(weights=None, weights_backbone=None, **sizes)
     return network
 
 
@@ -77,6 +80,8 @@ def _spread(network: nn.Module, image: NDArray[np.uint8]) -> None:
             ("roi_heads.box_predictor.bbox_pred", random_weights.BOX_DELTAS_STD),
         ],
         [("roi_heads.mask_predictor.mask_fcn_logits", random_weights.MASK_LOGITS_STD)],
+        [("roi_heads.keypoint_predictor.kps_score_lowres", random_weights.HEATMAPS_STD)],
     ]
-    steps = [[(network.get_submodule(name), target) for name, target in step] for step in layers]
+    there = dict(network.named_modules())
+    steps = [[(there[name], target) for name, target in step if name in there] for step in layers]
     random_weights.rescale_outputs(steps, lambda: predict(network, image))

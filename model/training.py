@@ -1,0 +1,231 @@
+"""The training forward: a batch with its ground truth enters, the losses leave (He et al. 2017 section 3).
+
+L = L_rpn_objectness + L_rpn_box + L_class + L_box + L_mask + L_keypoint, those of the parts the network has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.anchors import anchors_at, anchors_of, cell_strides
+from model.config import ModelConfig
+from model.ground_truth import TrainingBatch
+from model.keypoint_targets import heatmap_targets
+from model.losses import LossConfig, box_losses, keypoint_loss, mask_loss, rpn_losses, softmax_mask_loss
+from model.mask_targets import crop
+from model.matcher import ignore_crowd, match, take
+from model.network import Network
+from model.pooling import pool_regions
+from model.recipe import Recipe
+from model.rpn import Proposals, propose
+from model.sampler import Sampler, random_sampler
+from model.structures import ImageSize
+
+# N images, B anchors, P proposals and G ground truth boxes of an image, R regions trained on over the batch.
+
+
+class _Regions(NamedTuple):
+    """What the heads are trained on."""
+
+    boxes: Tensor
+    """(R, 4)."""
+    image_index: Tensor
+    """(R,)."""
+    gt_index: Tensor
+    """(R,) place among the image's ground truth."""
+    labels: Tensor
+    """(R,) 0 for background."""
+
+    def only(self, wanted: Tensor) -> _Regions:
+        return _Regions(*(values[wanted] for values in self))
+
+
+class TrainingForward(nn.Module):
+    """A network and the rules by which its losses are computed; what DDP wraps."""
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        config: ModelConfig,
+        recipe: Recipe,
+        losses: LossConfig | None = None,
+        rpn_sampler: Sampler | None = None,
+        box_sampler: Sampler | None = None,
+    ) -> None:
+        """Samplers are random unless given."""
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.recipe = recipe
+        self.losses = losses = losses or LossConfig()
+        self.rpn_sampler = rpn_sampler or random_sampler(
+            count=losses.rpn_samples, positive_fraction=losses.rpn_positive_fraction
+        )
+        self.box_sampler = box_sampler or random_sampler(
+            count=losses.box_samples, positive_fraction=losses.box_positive_fraction
+        )
+        self._proposing = replace(recipe, rpn_pre_nms=losses.rpn_pre_nms, rpn_post_nms=losses.rpn_post_nms)
+        self._cells = anchors_of(config, recipe)
+
+    def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """The losses by name, each a scalar; their sum is what is minimised."""
+        levels = self.network.features(batch.pixels)
+        losses: dict[str, Tensor] = {}
+        if self.network.rpn is None:
+            assert batch.proposals is not None
+            assert batch.proposals_valid is not None
+            proposals = Proposals(batch.proposals, batch.proposals_valid)
+        else:
+            outputs = [self.network.rpn(level) for level in levels]
+            proposals = self._train_rpn(outputs, levels, batch, losses)
+        regions = self._sample(proposals, batch)
+        features = self._features(levels, regions, self.config.box_resolution)
+        class_logits, deltas = self.network.box_head(features)
+        gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
+        losses["class"], losses["box"] = box_losses(
+            class_logits,
+            deltas,
+            regions.labels,
+            regions.boxes,
+            gt_boxes,
+            config=self.losses,
+            delta_weights=self.recipe.box_delta_weights,
+        )
+        positive = regions.labels > 0
+        if self.network.mask_head is not None:
+            # res5 has run on these regions already; a pyramid's are pooled anew, finer
+            shared = features[positive] if self.network.res5 is not None else None
+            losses["mask"] = self._mask_loss(levels, regions.only(positive), shared, batch)
+        if self.network.keypoint_head is not None:
+            losses["keypoint"] = self._keypoint_loss(levels, regions.only(positive), batch)
+        return losses
+
+    def _train_rpn(
+        self,
+        outputs: Sequence[tuple[Tensor, Tensor]],
+        levels: Sequence[Tensor],
+        batch: TrainingBatch,
+        losses: dict[str, Tensor],
+    ) -> Proposals:
+        """Proposals to train the heads on; the RPN's own losses are added."""
+        grids = [ImageSize(*level.shape[-2:]) for level in levels]
+        strides = cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
+        device = batch.pixels.device
+        cells = [cell.to(device) for cell in self._cells]
+        anchors = torch.cat(
+            [
+                anchors_at(
+                    torch.arange(grid.height * grid.width * len(cell), device=device), cell, grid=grid, stride=stride
+                )
+                for cell, grid, stride in zip(cells, grids, strides, strict=True)
+            ]
+        )  # (B, 4)
+        config = self.losses
+        matches = match(
+            anchors,
+            batch.gt_boxes,
+            batch.gt_valid,
+            positive_iou=config.rpn_positive_iou,
+            negative_iou=config.rpn_negative_iou,
+            allow_low_quality=True,
+        )
+        label = ignore_crowd(
+            matches.label, anchors, batch.crowd_boxes, batch.crowd_valid, threshold=config.crowd_overlap
+        )  # (N, B)
+        losses["rpn_objectness"], losses["rpn_box"] = rpn_losses(
+            torch.cat([objectness for objectness, _ in outputs], dim=1),
+            torch.cat([deltas for _, deltas in outputs], dim=1),
+            anchors,
+            matches._replace(label=label),
+            self.rpn_sampler(label),
+            batch.gt_boxes,
+            config=config,
+            delta_weights=self.recipe.rpn_delta_weights,
+        )
+        with torch.no_grad():
+            return propose(
+                outputs,
+                cells,
+                grids=grids,
+                strides=strides,
+                image_sizes=batch.image_sizes,
+                recipe=self._proposing,
+            )
+
+    @torch.no_grad()
+    def _sample(self, proposals: Proposals, batch: TrainingBatch) -> _Regions:
+        """Regions for the heads, from the proposals and the ground truth boxes themselves."""
+        boxes = torch.cat([proposals.boxes, batch.gt_boxes], dim=1)  # (N, P + G, 4)
+        valid = torch.cat([proposals.valid, batch.gt_valid], dim=1)  # (N, P + G)
+        config = self.losses
+        matches = match(
+            boxes,
+            batch.gt_boxes,
+            batch.gt_valid,
+            positive_iou=config.box_positive_iou,
+            negative_iou=config.box_positive_iou,
+            allow_low_quality=False,
+        )
+        label = ignore_crowd(
+            matches.label, boxes, batch.crowd_boxes, batch.crowd_valid, threshold=config.crowd_overlap
+        ).masked_fill(~valid, -1)  # (N, P + G)
+        image_index, place = self.box_sampler(label).nonzero(as_tuple=True)  # (R,), (R,)
+        gt_labels = take(batch.gt_labels, matches.gt_index).where(label > 0, 0)  # (N, P + G)
+        return _Regions(
+            boxes[image_index, place],
+            image_index,
+            matches.gt_index[image_index, place],
+            gt_labels[image_index, place],
+        )
+
+    def _mask_loss(
+        self, levels: Sequence[Tensor], regions: _Regions, features: Tensor | None, batch: TrainingBatch
+    ) -> Tensor:
+        head = self.network.mask_head
+        assert head is not None
+        assert batch.masks is not None
+        if features is None:
+            features = self._features(levels, regions, self.config.mask_resolution)
+        targets = torch.zeros(len(regions.boxes), self.config.mask_side, self.config.mask_side, device=features.device)
+        for index, masks in enumerate(batch.masks):  # each image has masks of its own form and size
+            own = regions.image_index == index
+            targets[own] = crop(
+                masks,
+                regions.gt_index[own],
+                regions.boxes[own],
+                side=self.config.mask_side,
+                target=self.losses.mask_target,
+            )
+        if self.config.mask_classes == "softmax":
+            return softmax_mask_loss(head.all_logits(features), regions.labels, targets)
+        return mask_loss(head(features, regions.labels), targets)
+
+    def _keypoint_loss(self, levels: Sequence[Tensor], regions: _Regions, batch: TrainingBatch) -> Tensor:
+        head = self.network.keypoint_head
+        assert head is not None
+        assert batch.keypoints is not None
+        heatmaps: Tensor = head(self._features(levels, regions, self.config.keypoint_resolution))  # (R, K, S, S)
+        if batch.keypoints.shape[1] == 0:
+            return heatmaps.sum() * 0.0
+        keypoints = batch.keypoints[regions.image_index, regions.gt_index]  # (R, K, 3)
+        index, valid = heatmap_targets(keypoints, regions.boxes, side=heatmaps.shape[-1])
+        return keypoint_loss(heatmaps, index, valid, num_images=len(batch.pixels), config=self.losses)
+
+    def _features(self, levels: Sequence[Tensor], regions: _Regions, resolution: int) -> Tensor:
+        pooled: Tensor = pool_regions(
+            levels,
+            self.network.strides,
+            regions.boxes,
+            regions.image_index,
+            resolution=resolution,
+            config=self.config,
+            recipe=self.recipe,
+            exact=True,  # torchvision's operator has gradients
+        )
+        return self.network.of_regions(pooled)

@@ -1,0 +1,176 @@
+"""Each member of the family learns four drawn images by heart: the losses fall and the objects are found again."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from model import R18_FPN, R50_C4, Detections, ImageSize, MaskRCNN, ModelConfig, Recipe
+from model.ground_truth import GroundTruth, collate
+from model.initial_weights import initialise
+from model.losses import LossConfig
+from model.network import build_network
+from model.training import TrainingForward
+from pipeline.scenes import CATEGORIES, Scene, draw_scene
+
+SIZE = ImageSize(96, 128)
+STEPS, C4_STEPS = 350, 250
+LEARNING_RATE = 2e-3
+NUM_POINTS = 5
+
+FPN = replace(
+    R18_FPN(num_classes=1 + len(CATEGORIES), min_size=96, max_size=128),
+    norm="group",  # the same while training as afterwards
+    fpn_channels=64,
+    anchor_sizes=(8, 16, 32, 64, 128),
+    box_head_width=128,
+    mask_channels=64,
+)
+C4 = replace(
+    R50_C4(num_classes=1 + len(CATEGORIES), min_size=96, max_size=128),
+    body="resnet18",
+    norm="group",
+    anchor_sizes=(8, 16, 32, 64),
+    box_resolution=8,
+    mask_resolution=8,
+    mask_channels=64,
+)
+CONFIGS: dict[str, ModelConfig] = {
+    "R18-FPN": FPN,
+    "R18-C4": C4,
+    "keypoints": replace(
+        FPN, mask_head="none", num_keypoints=NUM_POINTS, keypoint_convs=2, keypoint_channels=64, keypoint_resolution=8
+    ),
+    "Faster": replace(FPN, mask_head="none"),
+    "RoIPool": replace(FPN, pooling="pool"),
+    "softmax masks": replace(FPN, mask_classes="softmax"),
+}
+RECIPE = replace(Recipe(), rpn_post_nms=100)
+LOSSES = LossConfig(
+    rpn_samples=64,
+    box_samples=32,
+    box_positive_fraction=0.5,
+    rpn_pre_nms=300,
+    rpn_post_nms=100,
+    mask_target="binary",  # what is half in a cell costs something for ever
+)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIGS[name]
+    scenes = [draw_scene(seed, SIZE) for seed in range(4)]
+    network = build_network(config, RECIPE)
+    initialise(network, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        forward = TrainingForward(network, config=config, recipe=RECIPE, losses=LOSSES)
+        history = _train(forward, scenes, num_steps=C4_STEPS if config.neck == "c4" else STEPS)
+    net = MaskRCNN(
+        network, config=config, recipe=RECIPE, categories=dict(enumerate(CATEGORIES, 1)), name=name, sha256=""
+    )
+    found = net.predict([scene.image for scene in scenes])
+    precision = _average_precision(scenes, found)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{name}: loss {history[0]:.2f} → {np.mean(history[-10:]):.3f}, AP50 {precision:.3f}\n")
+    assert np.mean(history[-10:]) < 0.1 * history[0]
+    assert precision >= 0.9
+    if config.num_keypoints:
+        assert _keypoint_error(scenes, found) < 2
+
+
+def _train(forward: TrainingForward, scenes: list[Scene], *, num_steps: int) -> list[float]:
+    """The sum of the losses at each step."""
+    truths = [_truth(scene) for scene in scenes]
+    batch = collate([scene.image for scene in scenes], truths, config=forward.config, recipe=forward.recipe)
+    optimiser = torch.optim.AdamW(forward.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
+    history = []
+    for _ in range(num_steps):
+        loss = torch.stack(list(forward.train()(batch).values())).sum()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(forward.parameters(), 10.0)
+        optimiser.step()
+        schedule.step()
+        history.append(loss.item())
+    return history
+
+
+def _truth(scene: Scene) -> GroundTruth:
+    boxes = [_box(mask) for mask in scene.masks]
+    return GroundTruth(
+        boxes=torch.tensor(boxes, dtype=torch.float32),
+        labels=torch.from_numpy(scene.category_ids),
+        masks=torch.from_numpy(scene.masks.astype(np.uint8)),
+        keypoints=torch.stack([_points(mask) for mask in scene.masks]),
+    )
+
+
+def _box(mask: np.ndarray[Any, Any]) -> list[int]:
+    y, x = mask.nonzero()
+    return [x.min(), y.min(), x.max() + 1, y.max() + 1]
+
+
+def _points(mask: np.ndarray[Any, Any]) -> torch.Tensor:
+    """(5, 3) centre of the box and the outermost pixels on four sides, all seen."""
+    y, x = mask.nonzero()
+    ends = [(x[index] + 0.5, y[index] + 0.5) for index in (x.argmin(), x.argmax(), y.argmin(), y.argmax())]
+    x1, y1, x2, y2 = _box(mask)
+    return torch.tensor([(px, py, 2) for px, py in [((x1 + x2) / 2, (y1 + y2) / 2), *ends]], dtype=torch.float32)
+
+
+def _average_precision(scenes: list[Scene], found: list[Detections]) -> float:
+    """pycocotools' AP at IoU 0.5, of masks where there are any, else of boxes."""
+    truth, results = COCO(), []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (scene, detections) in enumerate(zip(scenes, found, strict=True), 1):
+        for mask, category in zip(scene.masks, scene.category_ids.tolist(), strict=True):
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            box = coco_mask.toBbox(rle).tolist()
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
+            annotations.append({**annotation, "bbox": box, "area": int(coco_mask.area(rle)), "segmentation": rle})
+        for index, (x1, y1, x2, y2) in enumerate(detections.boxes.tolist()):
+            result: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": int(detections.category_ids[index]),
+                "score": float(detections.scores[index]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+            }
+            if detections.masks:
+                result["segmentation"] = detections.masks[index]
+            results.append(result)
+    truth.dataset = {
+        "images": [{"id": index + 1, "height": SIZE.height, "width": SIZE.width} for index in range(len(scenes))],
+        "annotations": annotations,
+        "categories": [{"id": index, "name": name} for index, name in enumerate(CATEGORIES, 1)],
+    }
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "segm" if found[0].masks else "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[1])
+
+
+def _keypoint_error(scenes: list[Scene], found: list[Detections]) -> float:
+    """Median distance, in pixels, of the points of each object from those of the detection that overlaps it most."""
+    errors = []
+    for scene, detections in zip(scenes, found, strict=True):
+        assert detections.keypoints is not None
+        for mask in scene.masks:
+            gaps = np.abs(detections.boxes - np.array(_box(mask))).max(axis=1)
+            points = _points(mask).numpy()[:, :2]
+            errors.append(np.linalg.norm(detections.keypoints[gaps.argmin(), :, :2] - points, axis=1))
+    return float(np.median(np.concatenate(errors)))

@@ -1,0 +1,257 @@
+"""Losses and gradients against torchvision's own, its samplers replaced by one that both follow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+
+import model
+from model import R18_FPN, ModelConfig, Recipe
+from model.ground_truth import GroundTruth, collate
+from model.initial_weights import initialise
+from model.losses import LossConfig
+from model.network import Network, build_network
+from model.torchvision_weights import torchvision_name
+from model.training import TrainingForward
+from tests.model.conftest import coco_paths, drawn_image, read_image
+from tests.reference.torchvision_networks import torchvision_network
+
+MIN_SIZE, MAX_SIZE = 160, 256
+
+LOSSES = {
+    "loss_objectness": "rpn_objectness",
+    "loss_rpn_box_reg": "rpn_box",
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+}
+
+
+class Spread:
+    """Some of the positives and of the negatives, spread over all: ours of a batch, and torchvision's of a list."""
+
+    def __init__(self, count: int, positive_fraction: float) -> None:
+        self.count, self.positive_fraction = count, positive_fraction
+
+    def ours(self, label: Tensor) -> Tensor:
+        most = torch.full((len(label), 1), int(self.count * self.positive_fraction))
+        positive = self._some(label > 0, most)
+        return positive | self._some(label == 0, self.count - positive.sum(dim=1, keepdim=True))
+
+    def _some(self, among: Tensor, count: Tensor) -> Tensor:
+        # a prime times the rank, modulo how many there are, is another order of them
+        total = among.sum(dim=1, keepdim=True).clamp(min=1)
+        return among & ((among.cumsum(1) - 1) * 7919 % total < count)
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        chosen = [self.ours(label[None])[0] for label in labels]
+        positive = [one & (label > 0) for one, label in zip(chosen, labels, strict=True)]
+        return positive, [one & (label == 0) for one, label in zip(chosen, labels, strict=True)]
+
+
+def objects(image: NDArray[np.uint8], *, seed: int, count: int = 6, num_classes: int = 91) -> GroundTruth:
+    """Boxes anywhere in the image, each filled by an ellipse."""
+    generator = np.random.default_rng(seed)
+    height, width = image.shape[:2]
+    corners = generator.uniform(0, 0.7, (count, 2)) * (width, height)
+    sides = generator.uniform(0.1, 0.3, (count, 2)) * (width, height)
+    boxes = np.hstack([corners, corners + sides])
+    y, x = np.mgrid[:height, :width] + 0.5
+    masks = [
+        (((x - x1 - (x2 - x1) / 2) / (x2 - x1)) ** 2 + ((y - y1 - (y2 - y1) / 2) / (y2 - y1)) ** 2) < 0.25
+        for x1, y1, x2, y2 in boxes
+    ]
+    return GroundTruth(
+        boxes=torch.tensor(boxes, dtype=torch.float32),
+        labels=torch.tensor(generator.integers(1, num_classes, count)),
+        masks=torch.tensor(np.array(masks), dtype=torch.uint8),
+    )
+
+
+def test_losses_and_gradients_are_torchvisions() -> None:
+    images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
+    truths = [objects(image, seed=seed) for seed, image in enumerate(images)]
+    theirs = torchvision_network("v1", images[0], min_size=MIN_SIZE, max_size=MAX_SIZE).requires_grad_(True)
+    ours = _trainable(theirs)
+    rpn_sampler, box_sampler = Spread(256, 0.5), Spread(512, 0.25)
+    theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler = rpn_sampler, box_sampler  # type: ignore[union-attr]
+
+    expected = theirs.train()(
+        [torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in images],
+        [{"boxes": truth.boxes, "labels": truth.labels, "masks": truth.masks} for truth in truths],
+    )
+    sum(expected.values()).backward()
+    config, recipe, network = ours
+    forward = TrainingForward(
+        network, config=config, recipe=recipe, rpn_sampler=rpn_sampler.ours, box_sampler=box_sampler.ours
+    ).train()
+    found = forward(collate(images, truths, config=config, recipe=recipe))
+    torch.autograd.backward(list(found.values()))
+
+    assert {LOSSES[name] for name in expected} == set(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[LOSSES[name]], value, rtol=1e-5, atol=0)
+    gradients = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in network.named_parameters():
+        their_name = torchvision_name(name, config)
+        expected_gradient = gradients.pop(their_name).grad
+        assert expected_gradient is not None
+        assert parameter.grad is not None, name
+        difference = (parameter.grad - expected_gradient).norm() / expected_gradient.norm()
+        assert difference <= 1e-4, f"{name}: {difference}"
+        compared += 1
+    assert not gradients
+    assert compared == len(list(network.parameters()))
+
+
+def _trainable(theirs: nn.Module) -> tuple[ModelConfig, Recipe, Network]:
+    file = io.BytesIO()
+    torch.save(theirs.state_dict(), file)
+    net = model.load(file.getvalue())
+    return replace(net.config, min_size=MIN_SIZE, max_size=MAX_SIZE), net.recipe, net.network
+
+
+SMALL = replace(
+    R18_FPN(num_classes=6, min_size=96, max_size=128),
+    norm="group",
+    fpn_channels=32,
+    anchor_sizes=(8, 16, 32, 64, 128),
+    box_head_width=32,
+    mask_channels=32,
+)
+IMAGES = [drawn_image(96, 128), drawn_image(80, 120, seed=1)]
+NOTHING = GroundTruth(
+    boxes=torch.zeros(0, 4),
+    labels=torch.zeros(0, dtype=torch.int64),
+    masks=torch.zeros(0, 96, 128, dtype=torch.uint8),
+    keypoints=torch.zeros(0, 3, 3),
+    proposals=torch.tensor([[0.0, 0.0, 50.0, 50.0]]),
+)
+
+
+def forward_of(config: ModelConfig, *, seed: int = 0, **losses: Any) -> TrainingForward:
+    network = build_network(config, Recipe())
+    initialise(network, seed)
+    limits: dict[str, Any] = {"rpn_samples": 64, "box_samples": 32, "rpn_pre_nms": 100, "rpn_post_nms": 50}
+    return TrainingForward(network, config=config, recipe=Recipe(), losses=LossConfig(**{**limits, **losses}))
+
+
+def losses_of(forward: TrainingForward, truths: list[GroundTruth], *, seed: int = 0) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found: dict[str, Tensor] = forward(
+            collate(IMAGES[: len(truths)], truths, config=forward.config, recipe=forward.recipe)
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, mask_head="none", num_keypoints=3, keypoint_convs=1, keypoint_channels=16),
+        replace(SMALL, mask_classes="softmax"),
+        replace(SMALL, mask_head="none", proposals="given"),
+    ],
+)
+def test_images_without_objects_train_the_rest(config: ModelConfig) -> None:
+    forward = forward_of(config)
+    losses = losses_of(forward, [NOTHING])
+    torch.autograd.backward(list(losses.values()))
+    assert all(value.isfinite() for value in losses.values())
+    assert losses["class"] > 0
+    assert losses["box"] == 0
+    assert all(losses[name] == 0 for name in ("mask", "keypoint", "rpn_box") if name in losses)
+    for name, parameter in forward.network.named_parameters():
+        assert parameter.grad is not None, name  # DDP waits for each of them
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_the_form_of_masks_makes_little_difference() -> None:
+    truth = objects(IMAGES[0], seed=3, num_classes=6)
+    assert isinstance(truth.masks, Tensor)
+    rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in truth.masks.numpy()]
+    circle = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)
+    outlines = [[center + axes * circle] for center, axes in _ellipses(truth.boxes.numpy())]
+    forward = forward_of(SMALL)
+    soft = losses_of(forward, [truth])["mask"]
+    assert losses_of(forward, [replace(truth, masks=rles)])["mask"] == soft
+    drawn = losses_of(forward_of(SMALL, mask_target="polygon"), [replace(truth, masks=outlines)])["mask"]
+    binary = losses_of(forward_of(SMALL, mask_target="binary"), [truth])["mask"]
+    torch.testing.assert_close(drawn, soft, rtol=0.1, atol=0)
+    torch.testing.assert_close(binary, soft, rtol=0.1, atol=0)
+    assert len({float(value) for value in (soft.detach(), drawn.detach(), binary.detach())}) == 3
+
+
+ANGLES = np.linspace(0, 2 * np.pi, 65)[:-1]
+
+
+def _ellipses(boxes: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Centre and half axes."""
+    for x1, y1, x2, y2 in boxes:
+        yield np.array([(x1 + x2) / 2, (y1 + y2) / 2]), np.array([(x2 - x1) / 2, (y2 - y1) / 2])
+
+
+def test_nothing_in_a_crowd_is_background() -> None:
+    everywhere = torch.tensor([[-999.0, -999.0, 999.0, 999.0]])  # anchors reach out of the image
+    losses = losses_of(forward_of(SMALL), [replace(NOTHING, crowd_boxes=everywhere)])
+    # no anchor and no proposal is left to learn from
+    assert [float(losses[name].detach()) for name in ("rpn_objectness", "class")] == [0.0, 0.0]
+
+
+def test_the_seed_alone_decides_the_losses() -> None:
+    truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
+    forward = forward_of(SMALL)
+    first, again, other = (losses_of(forward, truths, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["class"], other["class"])
+
+
+def test_half_precision_keeps_losses_in_float32_and_near() -> None:
+    truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
+    forward = forward_of(SMALL)
+    exact = losses_of(forward, truths)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = losses_of(forward, truths)
+    for name, value in near.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.2, atol=0.05)
+
+
+def test_ground_truth_that_does_not_fit_is_refused() -> None:
+    truth = objects(IMAGES[0], seed=0, num_classes=6)
+    recipe = Recipe()
+    with pytest.raises(ValueError, match="no masks, which this network is trained with"):
+        collate(IMAGES[:1], [replace(truth, masks=None)], config=SMALL, recipe=recipe)
+    with pytest.raises(ValueError, match="labels from 9 to 9; the network's classes are 1 to 5"):
+        collate(IMAGES[:1], [replace(truth, labels=truth.labels * 0 + 9)], config=SMALL, recipe=recipe)
+    with pytest.raises(ValueError, match="6 boxes but 5 keypoints"):
+        replace(truth, keypoints=torch.zeros(5, 17, 3))
+    with pytest.raises(ValueError, match="a ground truth for each image, got 2 and 1"):
+        collate(IMAGES, [truth], config=SMALL, recipe=recipe)
+
+
+def test_a_batch_by_hand() -> None:
+    # 96 × 128 stays, 80 × 120 grows to 85 × 128 (96 / 80 would make 144 wide): the input is 96 × 128
+    boxes = torch.tensor([[12.0, 8.0, 60.0, 40.0]])
+    small = GroundTruth(boxes=boxes, labels=torch.tensor([2]), masks=torch.ones(1, 80, 120, dtype=torch.uint8))
+    batch = collate(IMAGES, [replace(NOTHING, crowd_boxes=boxes), small], config=SMALL, recipe=Recipe())
+    assert batch.pixels.shape == (2, 3, 96, 128)
+    assert batch.image_sizes.tolist() == [[96.0, 128.0], [85.0, 128.0]]
+    assert batch.gt_valid.tolist() == [[False], [True]]
+    expected = [12 * 128 / 120, 8 * 85 / 80, 60 * 128 / 120, 40 * 85 / 80]
+    torch.testing.assert_close(batch.gt_boxes[1, 0], torch.tensor(expected))
+    assert batch.gt_labels.tolist() == [[0], [2]]
+    assert batch.crowd_valid.tolist() == [[True], [False]]
+    assert batch.masks is not None
+    assert [tuple(torch.as_tensor(masks).shape) for masks in batch.masks] == [(0, 96, 128), (1, 85, 128)]
