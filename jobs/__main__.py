@@ -11,6 +11,7 @@ COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
     "describe": ("jobs.describe", "DescribeConfig"),
+    "proposals": ("jobs.proposals", "ProposalsConfig"),
     "demo": ("jobs.demo", "DemoConfig"),
     "benchmark": ("jobs.benchmark", "BenchmarkConfig"),
 }

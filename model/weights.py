@@ -90,6 +90,21 @@ def describe(source: Source, *, name: str | None = None) -> WeightsInfo:
     return _read(source, name)[0]
 
 
+def load_body(network: Network, source: Source) -> None:
+    """Give the network's body, and its res5, the weights of one of torchvision's ResNets trained on ImageNet.
+
+    Raises:
+        ValueError: they are of another ResNet, or the file is no such weights.
+    """
+    contents, path = _open(source)
+    name = path.name if path else "of the body"
+    loaded = _unpickle(contents, name)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"weights {name} hold a {type(loaded).__name__}, not a ResNet's tensors by name")
+    tensors = _named(name, lambda values: torchvision_weights.body_tensors(values, network), loaded)
+    network.load_state_dict(tensors, strict=False)
+
+
 def save(net: MaskRCNN, path: str | Path) -> None:
     """Write the network, its norms not folded, as a file that `load` reads back bit for bit."""
     path = Path(path)

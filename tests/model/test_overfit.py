@@ -24,7 +24,7 @@ from model.training import TrainingForward
 from pipeline.scenes import CATEGORIES, Scene, draw_scene
 
 SIZE = ImageSize(96, 128)
-STEPS, C4_STEPS = 350, 250
+STEPS, C4_STEPS = 300, 250
 LEARNING_RATE = 2e-3
 NUM_POINTS = 5
 

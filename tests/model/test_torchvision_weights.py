@@ -22,8 +22,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import model
 from model import R50_C4
 from model.config import Body
+from model.initial_weights import initialise
 from model.network import build_network
 from model.torchvision_weights import body_tensors, coco_categories
+from model.weights import load_body
 
 MAKERS = {
     "v1": maskrcnn_resnet50_fpn,
@@ -163,3 +165,16 @@ def test_a_missing_layer_is_named() -> None:
     del tensors["backbone.body.layer3.4.bn2.bias"]
     with pytest.raises(ValueError, match=r"1 missing \(first: backbone\.body\.layer3\.4\.bn2\.bias\)"):
         model.describe(_file(tensors))
+
+
+def test_a_body_is_loaded_and_the_rest_left_alone() -> None:
+    network = build_network(replace(model.R18_FPN(num_classes=3), norm="frozen"), model.Recipe())
+    initialise(network, 0)
+    before = network.tensors()["fpn.output.0.conv.weight"].clone()
+    theirs = resnet18()
+    load_body(network, _file(theirs.state_dict()))
+    assert torch.equal(network.tensors()["body.res5.1.conv2.conv.weight"], theirs.layer4[1].conv2.weight)
+    assert torch.equal(network.tensors()["body.stem.norm.running_var"], theirs.bn1.running_var)
+    assert torch.equal(network.tensors()["fpn.output.0.conv.weight"], before)
+    with pytest.raises(ValueError, match="weights of the body: the weights of the body do not fit"):
+        load_body(network, _file(resnet50().state_dict()))
