@@ -18,7 +18,7 @@ from model.ground_truth import TrainingBatch
 from model.keypoint_targets import heatmap_targets
 from model.losses import LossConfig, box_losses, keypoint_loss, mask_loss, rpn_losses, softmax_mask_loss
 from model.mask_targets import crop
-from model.matcher import ignore_crowd, match, take
+from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
 from model.pooling import pool_regions
 from model.recipe import Recipe
@@ -127,23 +127,14 @@ class TrainingForward(nn.Module):
             ]
         )  # (B, 4)
         config = self.losses
-        matches = match(
-            anchors,
-            batch.gt_boxes,
-            batch.gt_valid,
-            positive_iou=config.rpn_positive_iou,
-            negative_iou=config.rpn_negative_iou,
-            allow_low_quality=True,
-        )
-        label = ignore_crowd(
-            matches.label, anchors, batch.crowd_boxes, batch.crowd_valid, threshold=config.crowd_overlap
-        )  # (N, B)
+        thresholds = (config.rpn_positive_iou, config.rpn_negative_iou)
+        matches = self._match(anchors, batch, thresholds, allow_low_quality=True)
         losses["rpn_objectness"], losses["rpn_box"] = rpn_losses(
             torch.cat([objectness for objectness, _ in outputs], dim=1),
             torch.cat([deltas for _, deltas in outputs], dim=1),
             anchors,
-            matches._replace(label=label),
-            self.rpn_sampler(label),
+            matches,
+            self.rpn_sampler(matches.label),
             batch.gt_boxes,
             config=config,
             delta_weights=self.recipe.rpn_delta_weights,
@@ -158,23 +149,31 @@ class TrainingForward(nn.Module):
                 recipe=self._proposing,
             )
 
+    def _match(
+        self, boxes: Tensor, batch: TrainingBatch, thresholds: tuple[float, float], *, allow_low_quality: bool
+    ) -> Matches:
+        """What each box learns, from the IoUs where positive begins and negative ends; crowds count for neither."""
+        positive_iou, negative_iou = thresholds
+        matches = match(
+            boxes,
+            batch.gt_boxes,
+            batch.gt_valid,
+            positive_iou=positive_iou,
+            negative_iou=negative_iou,
+            allow_low_quality=allow_low_quality,
+        )
+        threshold = self.losses.crowd_overlap
+        label = ignore_crowd(matches.label, boxes, batch.crowd_boxes, batch.crowd_valid, threshold=threshold)
+        return matches._replace(label=label)
+
     @torch.no_grad()
     def _sample(self, proposals: Proposals, batch: TrainingBatch) -> _Regions:
         """Regions for the heads, from the proposals and the ground truth boxes themselves."""
         boxes = torch.cat([proposals.boxes, batch.gt_boxes], dim=1)  # (N, P + G, 4)
         valid = torch.cat([proposals.valid, batch.gt_valid], dim=1)  # (N, P + G)
-        config = self.losses
-        matches = match(
-            boxes,
-            batch.gt_boxes,
-            batch.gt_valid,
-            positive_iou=config.box_positive_iou,
-            negative_iou=config.box_positive_iou,
-            allow_low_quality=False,
-        )
-        label = ignore_crowd(
-            matches.label, boxes, batch.crowd_boxes, batch.crowd_valid, threshold=config.crowd_overlap
-        ).masked_fill(~valid, -1)  # (N, P + G)
+        thresholds = (self.losses.box_positive_iou, self.losses.box_positive_iou)
+        matches = self._match(boxes, batch, thresholds, allow_low_quality=False)
+        label = matches.label.masked_fill(~valid, NEITHER)  # (N, P + G)
         image_index, place = self.box_sampler(label).nonzero(as_tuple=True)  # (R,), (R,)
         gt_labels = take(batch.gt_labels, matches.gt_index).where(label > 0, 0)  # (N, P + G)
         return _Regions(
