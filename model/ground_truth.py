@@ -101,8 +101,7 @@ def collate(
     sizes = [ImageSize(*image.shape[:2]) for image in images]
     side = min_size or config.min_size
     to_sizes = [
-        transform.resized_size(size, min_size=side, max_size=max(side, config.max_size), rule=recipe.resize)
-        for size in sizes
+        transform.resized_size(size, min_size=side, max_size=config.max_size, rule=recipe.resize) for size in sizes
     ]
     largest = ImageSize(max(size.height for size in to_sizes), max(size.width for size in to_sizes))
     padded = transform.padded_size(largest, divisor=recipe.size_divisor)

@@ -255,3 +255,11 @@ def test_a_batch_by_hand() -> None:
     assert batch.crowd_valid.tolist() == [[True], [False]]
     assert batch.masks is not None
     assert [tuple(torch.as_tensor(masks).shape) for masks in batch.masks] == [(0, 96, 128), (1, 85, 128)]
+
+
+def test_no_side_outgrows_a_square_input() -> None:
+    square = replace(SMALL, square=True)
+    truths = [NOTHING, replace(NOTHING, masks=torch.zeros(0, 80, 120, dtype=torch.uint8))]
+    batch = collate(IMAGES, truths, config=square, recipe=Recipe(), min_size=400)
+    assert batch.pixels.shape == (2, 3, 128, 128)
+    assert batch.image_sizes.tolist() == [[96.0, 128.0], [85.0, 128.0]]
