@@ -13,6 +13,8 @@ from model import random_weights
 Output = dict[str, Tensor]
 
 _NORM_RANGES = [("weight", 0.7, 1.1), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.8, 1.2)]
+_LEVEL_STDS = (1.0, 1.25, 1.5, 2.0)
+"""Of the features p2 to p5, which share the RPN: p2 has most of the anchors and would have all the proposals."""
 
 
 def torchvision_network(
@@ -73,6 +75,8 @@ def _vary_norms(network: nn.Module) -> None:
 
 
 def _spread(network: nn.Module, image: NDArray[np.uint8]) -> None:
+    there = dict(network.named_modules())
+    outputs = [there[f"backbone.fpn.layer_blocks.{level}"] for level in range(len(_LEVEL_STDS))]
     layers = [
         [("rpn.head.cls_logits", random_weights.OBJECTNESS_STD), ("rpn.head.bbox_pred", random_weights.RPN_DELTAS_STD)],
         [
@@ -82,6 +86,19 @@ def _spread(network: nn.Module, image: NDArray[np.uint8]) -> None:
         [("roi_heads.mask_predictor.mask_fcn_logits", random_weights.MASK_LOGITS_STD)],
         [("roi_heads.keypoint_predictor.kps_score_lowres", random_weights.HEATMAPS_STD)],
     ]
-    there = dict(network.named_modules())
     steps = [[(there[name], target) for name, target in step if name in there] for step in layers]
-    random_weights.rescale_outputs(steps, lambda: predict(network, image))
+    # the last of a block is its convolution, or the norm behind it
+    steps.insert(0, [(list(block.children())[-1], std) for block, std in zip(outputs, _LEVEL_STDS, strict=True)])
+    for step in steps:
+        random_weights.rescale_outputs([step], lambda: predict(network, image))
+        if there["roi_heads.box_predictor.cls_score"] in dict(step):
+            _centre(network, there["roi_heads.box_predictor.cls_score"], image)
+
+
+def _centre(network: nn.Module, layer: nn.Module, image: NDArray[np.uint8]) -> None:
+    """Give each output a mean of 0 over the regions, or all of them are of one class."""
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    predict(network, image)
+    handle.remove()
+    layer.get_parameter("bias").data.sub_(outputs[0].mean(dim=0))
