@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 
@@ -22,10 +22,15 @@ class Checked:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The dataclass whose `to_json` gave `values`; every field must be there and no other."""
-        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        if names != set(values):
-            missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+        """The dataclass whose `to_json` gave `values`.
+
+        A field that is not there takes its default, so the default of a field that is added later must be what held
+        before. One without a default must be there, and nothing else may be.
+        """
+        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        missing = sorted(name for name in set(known) - set(values) if known[name].default is MISSING)
+        unknown = sorted(set(values) - set(known))
+        if missing or unknown:
             raise ValueError(
                 f"{cls.__name__} fields do not match: missing {missing}, unknown {unknown}; "
                 "the file was written by another version of maskline, write it again with this one"

@@ -22,6 +22,8 @@ class ModelConfig(Checked):
     """The convolutional body (He et al. 2015, Xie et al. 2016)."""
     num_classes: int
     """Outputs of the classifier, background included."""
+    body_width: int = 64
+    """Channels of the stem and of res2's 3×3 convolutions; each later stage has twice as many."""
     neck: Literal["fpn", "c4"] = "fpn"
     """A feature pyramid over all stages, or res4's map alone with res5 as the first part of the region heads."""
     norm: Literal["frozen", "batch", "sync", "group"] = "batch"
@@ -76,7 +78,7 @@ class ModelConfig(Checked):
 
     def check(self) -> None:
         at_least(self, 2, "num_classes")
-        widths = ("fpn_channels", "box_head_width", "box_resolution", "mask_channels", "mask_resolution")
+        widths = ("body_width", "fpn_channels", "box_head_width", "box_resolution", "mask_channels", "mask_resolution")
         at_least(self, 1, *widths, "rpn_convs", "keypoint_channels", "keypoint_resolution", "min_size")
         at_least(self, 0, "mask_convs", "num_keypoints", "keypoint_convs")
         at_least(self, self.min_size, "max_size")

@@ -202,7 +202,7 @@ def _body(tensors: Mapping[str, Tensor], *, is_c4: bool) -> Body:
             f"{'; '.join(f'{name} with {kind.depths}' for name, kind in ARCHITECTURES.items())}"
         )
     width = _length(tensors, f"backbone.{'' if is_c4 else 'bottom_up.'}res2.0.conv2.weight", axis=0, default=0)
-    widths = {ARCHITECTURES[name].groups * ARCHITECTURES[name].width_per_group: name for name in bodies}
+    widths = {ARCHITECTURES[name].inner_channels[0]: name for name in bodies}
     return widths.get(width, bodies[0])  # of another width, or without one: the check will name what does not fit
 
 

@@ -71,6 +71,8 @@ class TrainingBatch:
     """(N, C)."""
     masks: list[Masks] | None
     """Of each image."""
+    seeds: list[int] | None
+    """Of each image, for what is drawn at random of it."""
     keypoints: Tensor | None
     """(N, G, K, 3)."""
     proposals: Tensor | None
@@ -89,22 +91,27 @@ def collate(
     *,
     config: ModelConfig,
     recipe: Recipe,
-    min_size: int | None = None,
+    to_sizes: Sequence[ImageSize] | None = None,
+    padded: ImageSize | None = None,
+    seeds: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> TrainingBatch:
-    """Images, uint8 RGB (H, W, 3), brought to `min_size` (the config's if none is given) and laid into one input."""
+    """Images, uint8 RGB (H, W, 3), brought to `to_sizes`, by default those of inference, and laid into one input.
+
+    `padded` is the least size of the input; workers that share a batch give that of its largest image, for what is
+    computed near the edge of an image changes with the padding beside it.
+    """
     transform.check_images(images)
     if len(images) != len(truths) or not images:
         raise ValueError(f"a batch needs a ground truth for each image, got {len(images)} and {len(truths)}")
     _check_parts(truths, config)
     device = torch.device(device)
     sizes = [ImageSize(*image.shape[:2]) for image in images]
-    side = min_size or config.min_size
-    to_sizes = [
-        transform.resized_size(size, min_size=side, max_size=config.max_size, rule=recipe.resize) for size in sizes
+    to_sizes = to_sizes or [
+        transform.resized_size(size, min_size=config.min_size, max_size=config.max_size, rule=recipe.resize)
+        for size in sizes
     ]
-    largest = ImageSize(max(size.height for size in to_sizes), max(size.width for size in to_sizes))
-    padded = transform.padded_size(largest, divisor=recipe.size_divisor)
+    padded = transform.common_size([*to_sizes, *([padded] if padded else [])], divisor=recipe.size_divisor)
     if config.square:
         padded = ImageSize(config.max_size, config.max_size)
     ratios = [
@@ -130,6 +137,7 @@ def collate(
         gt_valid=gt_valid,
         crowd_boxes=crowd_boxes,
         crowd_valid=crowd_valid,
+        seeds=None if seeds is None else list(seeds),
         masks=None
         if config.mask_head == "none"
         else [

@@ -9,7 +9,7 @@ defaults are torchvision's; where detectron2 differs, `LossConfig` chooses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,9 @@ from model.boxes import encode, full_precision
 from model.checked import Checked, at_least
 from model.mask_targets import MaskTarget
 from model.matcher import POSITIVE, Matches, take
+
+Divisor = Callable[[Tensor], Tensor]
+"""From how many terms a loss has on this worker to what their sum is divided by, which is never 0."""
 
 _IGNORED = -1
 """The class of what is not trained on."""
@@ -77,6 +80,11 @@ class LossConfig(Checked):
             )
 
 
+def own_count(count: Tensor) -> Tensor:
+    """The divisor where there is one worker: each loss is a mean over its terms."""
+    return count.clamp(min=1)
+
+
 def smooth_l1(values: Tensor, targets: Tensor, beta: float) -> Tensor:
     """(...) of each difference d: d² / 2 beta below beta, |d| - beta / 2 above (Girshick 2015 eq. 3, beta 1)."""
     return F.smooth_l1_loss(full_precision(values), full_precision(targets), reduction="none", beta=beta)
@@ -92,6 +100,7 @@ def rpn_losses(
     *,
     config: LossConfig,
     delta_weights: Sequence[float],
+    divisor: Divisor = own_count,
 ) -> tuple[Tensor, Tensor]:
     """Losses of objectness (N, B) and of deltas (N, B, 4) over the `chosen` (N, B); anchors are (B, 4) or (N, B, 4),
     ground truth boxes (N, G, 4)."""
@@ -101,8 +110,8 @@ def rpn_losses(
     regressed = (is_positive & chosen)[..., None]  # (N, B, 1)
     targets = _delta_targets(anchors, take(gt_boxes, matches.gt_index), regressed, delta_weights)  # (N, B, 4)
     box_loss = smooth_l1(deltas, targets, config.rpn_beta)
-    is_fixed = config.rpn_normaliser == "fixed"
-    num_samples = config.rpn_samples * max(1, len(chosen)) if is_fixed else chosen.sum().clamp(min=1)
+    count = torch.tensor(config.rpn_samples * len(chosen), device=chosen.device)
+    num_samples = divisor(count if config.rpn_normaliser == "fixed" else chosen.sum())
     return _sum(objectness_loss, chosen) / num_samples, _sum(box_loss, regressed) / num_samples
 
 
@@ -115,13 +124,14 @@ def box_losses(
     *,
     config: LossConfig,
     delta_weights: Sequence[float],
+    divisor: Divisor = own_count,
 ) -> tuple[Tensor, Tensor]:
     """Losses of class logits (R, K) and of deltas (R, K, 4), of which only those of the label count.
 
     `labels` (R,) are 0 for background and -1 for places that hold no region; `gt_boxes` (R, 4) are those that `boxes`
     (R, 4) are matched to and matter for positives only.
     """
-    num_regions = (labels != _IGNORED).sum().clamp(min=1)
+    num_regions = divisor((labels != _IGNORED).sum())
     class_loss = F.cross_entropy(full_precision(class_logits), labels, ignore_index=_IGNORED, reduction="sum")
     regressed = (labels > 0)[:, None]  # (R, 1)
     own = labels.clamp(min=0)[:, None, None].expand(-1, 1, 4)
@@ -131,14 +141,14 @@ def box_losses(
     return class_loss / num_regions, _sum(box_loss, regressed) / num_regions
 
 
-def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, targets: Tensor, *, divisor: Divisor = own_count) -> Tensor:
     """Mean binary cross entropy of the logits (R, M, M) of each region's own class (He et al. 2017 section 3)."""
     logits = full_precision(logits)
     loss = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return loss / max(1, logits.numel())
+    return loss / _num_cells(targets, divisor)
 
 
-def softmax_mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+def softmax_mask_loss(logits: Tensor, labels: Tensor, targets: Tensor, *, divisor: Divisor = own_count) -> Tensor:
     """Mean cross entropy of logits (R, K, M, M) whose K classes compete in each cell (He et al. 2017 table 2b).
 
     A cell of `targets` (R, M, M) that is set is of the region's label, another is background, class 0; one in between
@@ -147,23 +157,37 @@ def softmax_mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor
     log_scores = full_precision(logits).log_softmax(dim=1)  # (R, K, M, M)
     own = log_scores.gather(1, labels[:, None, None, None].expand(-1, 1, *logits.shape[2:]))[:, 0]  # (R, M, M)
     targets = targets.to(log_scores.dtype)
-    return -(targets * own + (1 - targets) * log_scores[:, 0]).sum() / max(1, targets.numel())
+    return -(targets * own + (1 - targets) * log_scores[:, 0]).sum() / _num_cells(targets, divisor)
 
 
-def keypoint_loss(heatmaps: Tensor, index: Tensor, valid: Tensor, *, num_images: int, config: LossConfig) -> Tensor:
+def keypoint_loss(
+    heatmaps: Tensor,
+    index: Tensor,
+    valid: Tensor,
+    *,
+    num_images: int,
+    config: LossConfig,
+    divisor: Divisor = own_count,
+) -> Tensor:
     """Mean cross entropy over the S × S cells of each of the heatmaps (R, K, S, S) whose keypoint is `valid` (R, K);
     `index` (R, K) is its cell."""
     cells = full_precision(heatmaps).flatten(0, 1).flatten(1)  # (R K, S S)
     loss = F.cross_entropy(cells, index.where(valid, _IGNORED).flatten(), ignore_index=_IGNORED, reduction="sum")
     if config.keypoint_normaliser == "visible":
-        return loss / valid.sum().clamp(min=1)
-    return loss / max(1.0, num_images * heatmaps.shape[1] * config.box_samples * config.box_positive_fraction)
+        return loss / divisor(valid.sum())
+    most = num_images * heatmaps.shape[1] * config.box_samples * config.box_positive_fraction
+    return loss / divisor(torch.tensor(most, device=heatmaps.device))
 
 
 @torch.no_grad()
 def _delta_targets(boxes: Tensor, gt_boxes: Tensor, regressed: Tensor, weights: Sequence[float]) -> Tensor:
     """Zeros where not `regressed`: there a box may have no sides, and even a NaN that is cut out has NaN gradients."""
     return encode(boxes, gt_boxes, weights=weights).where(regressed, 0.0)
+
+
+def _num_cells(targets: Tensor, divisor: Divisor) -> Tensor:
+    """Of (R, M, M), with what the divisor makes of R."""
+    return divisor(torch.tensor(len(targets), device=targets.device)) * targets.shape[1:].numel()
 
 
 def _sum(losses: Tensor, counted: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
@@ -72,7 +73,7 @@ class Network(nn.Module):
 
 def build_network(config: ModelConfig, recipe: Recipe) -> Network:
     """The parts a config asks for, their parameters not yet set to anything."""
-    architecture = ARCHITECTURES[config.body]
+    architecture = replace(ARCHITECTURES[config.body], width=config.body_width)
     is_pyramid = config.neck == "fpn"
     norm = norm_of(config.norm, recipe.norm_eps)
     head_norm = norm if config.head_norm else None

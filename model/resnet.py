@@ -17,9 +17,6 @@ from model.norm import Norm
 
 # N images, C channels, H × W the padded input.
 
-STAGE_CHANNELS = (64, 128, 256, 512)
-"""Width of the 3×3 convolutions in res2 to res5 where there is one group."""
-
 StrideIn = Literal["3x3", "1x1"]
 """The convolution of a bottleneck that has the stride."""
 
@@ -74,33 +71,44 @@ class Architecture:
     """Bottlenecks, or the two 3×3 convolutions of ResNet-18."""
     groups: int = 1
     """Of the 3×3 convolution."""
-    width_per_group: int = 64
-    """Channels of a group in res2, doubled with each stage."""
+    group_share: float = 1.0
+    """Channels of a group, of those of the stage."""
+    width: int = 64
+    """Channels of the stem and of res2, doubled with each stage."""
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Width of the 3×3 convolutions in res2 to res5 where there is one group."""
+        return tuple(self.width * 2**index for index in range(len(self.depths)))
+
+    @property
+    def inner_channels(self) -> tuple[int, ...]:
+        """Width of those convolutions, all groups together."""
+        return tuple(int(self.groups * self.group_share * channels) for channels in self.stage_channels)
 
     @property
     def out_channels(self) -> tuple[int, ...]:
         """Of C2 to C5."""
-        return tuple(channels * (4 if self.bottleneck else 1) for channels in STAGE_CHANNELS)
+        return tuple(channels * (4 if self.bottleneck else 1) for channels in self.stage_channels)
 
     def stage(self, index: int, *, stride_in: StrideIn, norm: Norm) -> nn.Sequential:
         """The blocks of res2 (index 0) to res5 (3)."""
         blocks: list[nn.Module] = []
-        in_channels = STAGE_CHANNELS[0] if index == 0 else self.out_channels[index - 1]
+        in_channels = self.width if index == 0 else self.out_channels[index - 1]
         for number in range(self.depths[index]):
             stride = 2 if number == 0 and index > 0 else 1
             if self.bottleneck:
-                width = self.groups * self.width_per_group * 2**index
                 block: nn.Module = Bottleneck(
                     in_channels,
                     self.out_channels[index],
-                    width=width,
+                    width=self.inner_channels[index],
                     stride=stride,
                     groups=self.groups,
                     stride_in=stride_in,
                     norm=norm,
                 )
             else:
-                block = BasicBlock(in_channels, STAGE_CHANNELS[index], stride=stride, norm=norm)
+                block = BasicBlock(in_channels, self.stage_channels[index], stride=stride, norm=norm)
             blocks.append(block)
             in_channels = self.out_channels[index]
         return nn.Sequential(*blocks)
@@ -110,7 +118,7 @@ ARCHITECTURES: dict[Body, Architecture] = {
     "resnet18": Architecture(depths=(2, 2, 2, 2), bottleneck=False),
     "resnet50": Architecture(depths=(3, 4, 6, 3)),
     "resnet101": Architecture(depths=(3, 4, 23, 3)),
-    "resnext101_32x8d": Architecture(depths=(3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_32x8d": Architecture(depths=(3, 4, 23, 3), groups=32, group_share=1 / 8),
 }
 
 
@@ -119,7 +127,7 @@ class ResNet(nn.Module):
 
     def __init__(self, architecture: Architecture, *, num_stages: int = 4, stride_in: StrideIn, norm: Norm) -> None:
         super().__init__()
-        self.stem = ConvNorm(3, STAGE_CHANNELS[0], kernel_size=7, stride=2, norm=norm)
+        self.stem = ConvNorm(3, architecture.width, kernel_size=7, stride=2, norm=norm)
         self.stage_names = [f"res{index + 2}" for index in range(num_stages)]
         for index, name in enumerate(self.stage_names):
             self.add_module(name, architecture.stage(index, stride_in=stride_in, norm=norm))

@@ -124,8 +124,11 @@ def _body(tensors: Mapping[str, Tensor], prefix: str) -> Body:
     has_bottlenecks = f"{prefix}layer1.0.conv3.weight" in tensors
     width = _length(tensors, f"{prefix}layer1.0.conv2.weight", axis=0, default=0)
     for name, architecture in ARCHITECTURES.items():
-        first_width = architecture.groups * architecture.width_per_group
-        if (architecture.depths, architecture.bottleneck, first_width) == (depths, has_bottlenecks, width):
+        if (architecture.depths, architecture.bottleneck, architecture.inner_channels[0]) == (
+            depths,
+            has_bottlenecks,
+            width,
+        ):
             return name
     return "resnet50"  # whose keys the check will name as missing
 

@@ -16,7 +16,16 @@ from model.anchors import anchors_at, anchors_of, cell_strides
 from model.config import ModelConfig
 from model.ground_truth import TrainingBatch
 from model.keypoint_targets import heatmap_targets
-from model.losses import LossConfig, box_losses, keypoint_loss, mask_loss, rpn_losses, softmax_mask_loss
+from model.losses import (
+    Divisor,
+    LossConfig,
+    box_losses,
+    keypoint_loss,
+    mask_loss,
+    own_count,
+    rpn_losses,
+    softmax_mask_loss,
+)
 from model.mask_targets import crop
 from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
@@ -57,8 +66,10 @@ class TrainingForward(nn.Module):
         losses: LossConfig | None = None,
         rpn_sampler: Sampler | None = None,
         box_sampler: Sampler | None = None,
+        divisor: Divisor = own_count,
     ) -> None:
-        """Samplers are random unless given."""
+        """Samplers are random unless given. With a `divisor` that gives the mean of all workers' counts, the mean of
+        their losses is the loss of all their images together."""
         super().__init__()
         self.network = network
         self.config = config
@@ -70,6 +81,7 @@ class TrainingForward(nn.Module):
         self.box_sampler = box_sampler or random_sampler(
             count=losses.box_samples, positive_fraction=losses.box_positive_fraction
         )
+        self.divisor = divisor
         self._proposing = replace(recipe, rpn_pre_nms=losses.rpn_pre_nms, rpn_post_nms=losses.rpn_post_nms)
         self._cells = anchors_of(config, recipe)
 
@@ -96,6 +108,7 @@ class TrainingForward(nn.Module):
             gt_boxes,
             config=self.losses,
             delta_weights=self.recipe.box_delta_weights,
+            divisor=self.divisor,
         )
         positive = regions.labels > 0
         if self.network.mask_head is not None:
@@ -134,10 +147,11 @@ class TrainingForward(nn.Module):
             torch.cat([deltas for _, deltas in outputs], dim=1),
             anchors,
             matches,
-            self.rpn_sampler(matches.label),
+            self.rpn_sampler(matches.label, batch.seeds),
             batch.gt_boxes,
             config=config,
             delta_weights=self.recipe.rpn_delta_weights,
+            divisor=self.divisor,
         )
         with torch.no_grad():
             return propose(
@@ -174,7 +188,7 @@ class TrainingForward(nn.Module):
         thresholds = (self.losses.box_positive_iou, self.losses.box_positive_iou)
         matches = self._match(boxes, batch, thresholds, allow_low_quality=False)
         label = matches.label.masked_fill(~valid, NEITHER)  # (N, P + G)
-        image_index, place = self.box_sampler(label).nonzero(as_tuple=True)  # (R,), (R,)
+        image_index, place = self.box_sampler(label, batch.seeds).nonzero(as_tuple=True)  # (R,), (R,)
         gt_labels = take(batch.gt_labels, matches.gt_index).where(label > 0, 0)  # (N, P + G)
         return _Regions(
             boxes[image_index, place],
@@ -202,19 +216,21 @@ class TrainingForward(nn.Module):
                 target=self.losses.mask_target,
             )
         if self.config.mask_classes == "softmax":
-            return softmax_mask_loss(head.all_logits(features), regions.labels, targets)
-        return mask_loss(head(features, regions.labels), targets)
+            return softmax_mask_loss(head.all_logits(features), regions.labels, targets, divisor=self.divisor)
+        return mask_loss(head(features, regions.labels), targets, divisor=self.divisor)
 
     def _keypoint_loss(self, levels: Sequence[Tensor], regions: _Regions, batch: TrainingBatch) -> Tensor:
         head = self.network.keypoint_head
         assert head is not None
         assert batch.keypoints is not None
         heatmaps: Tensor = head(self._features(levels, regions, self.config.keypoint_resolution))  # (R, K, S, S)
-        if batch.keypoints.shape[1] == 0:
-            return heatmaps.sum() * 0.0
-        keypoints = batch.keypoints[regions.image_index, regions.gt_index]  # (R, K, 3)
+        keypoints = batch.keypoints.new_zeros(0, self.config.num_keypoints, 3)
+        if batch.keypoints.shape[1] > 0:
+            keypoints = batch.keypoints[regions.image_index, regions.gt_index]  # (R, K, 3)
         index, valid = heatmap_targets(keypoints, regions.boxes, side=heatmaps.shape[-1])
-        return keypoint_loss(heatmaps, index, valid, num_images=len(batch.pixels), config=self.losses)
+        return keypoint_loss(
+            heatmaps, index, valid, num_images=len(batch.pixels), config=self.losses, divisor=self.divisor
+        )
 
     def _features(self, levels: Sequence[Tensor], regions: _Regions, resolution: int) -> Tensor:
         pooled: Tensor = pool_regions(

@@ -41,6 +41,12 @@ def padded_size(size: ImageSize, *, divisor: int) -> ImageSize:
     return ImageSize(-(-size.height // divisor) * divisor, -(-size.width // divisor) * divisor)
 
 
+def common_size(sizes: Sequence[ImageSize], *, divisor: int) -> ImageSize:
+    """The least padded size that holds each of `sizes`."""
+    largest = ImageSize(max(size.height for size in sizes), max(size.width for size in sizes))
+    return padded_size(largest, divisor=divisor)
+
+
 def check_images(images: Sequence[NDArray[np.uint8]]) -> None:
     """Raise ValueError for what is not a uint8 (H, W, 3) array with pixels."""
     for index, image in enumerate(images):

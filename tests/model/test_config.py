@@ -72,3 +72,9 @@ def test_json_of_another_version_is_refused_by_field() -> None:
     del values["body"]
     with pytest.raises(ValueError, match=r"missing \['body'\], unknown \['backbone'\]"):
         ModelConfig.from_json({**values, "backbone": "resnet50"})
+
+
+def test_a_field_that_is_newer_than_the_file_has_its_default() -> None:
+    values = replace(R50_FPN(), norm="group").to_json()
+    del values["body_width"]
+    assert ModelConfig.from_json(values) == replace(R50_FPN(), norm="group")

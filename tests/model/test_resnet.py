@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -22,6 +24,15 @@ def test_strides_and_widths(name: Body, last: int) -> None:
     assert [tuple(feature.shape) for feature in features] == [
         (2, width, 64 // stride, 96 // stride) for width, stride in zip(widths, (4, 8, 16, 32), strict=True)
     ]
+
+
+def test_a_narrower_body_has_fewer_channels_everywhere() -> None:
+    for name in ARCHITECTURES:
+        with torch.device("meta"):
+            body = ResNet(replace(ARCHITECTURES[name], width=32), stride_in="3x3", norm=NORM)
+            whole = ResNet(ARCHITECTURES[name], stride_in="3x3", norm=NORM)
+        for (key, narrow), wide in zip(body.named_parameters(), whole.parameters(), strict=True):
+            assert narrow.shape[0] * 2 == wide.shape[0], key
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))

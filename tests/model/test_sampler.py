@@ -107,3 +107,15 @@ def test_bounds() -> None:
         random_sampler(count=0, positive_fraction=0.5)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
         random_sampler(count=1, positive_fraction=1.5)
+
+
+def test_seeds_make_the_choice_independent_of_the_batch() -> None:
+    label = labels_of((50, 200, 10), (60, 150, 50))
+    sampler = random_sampler(count=32, positive_fraction=0.5)
+    together = sampler(label, [3, 4])
+    assert torch.equal(together, sampler(label, [3, 4]))
+    assert torch.equal(together[1:], sampler(label[1:], [4]))
+    assert not torch.equal(together, sampler(label, [4, 3]))
+    more = torch.cat([label, torch.full((2, 7), -1, dtype=torch.int8)], dim=1)  # places another worker padded
+    assert torch.equal(sampler(more, [3, 4])[:, :260], together)
+    assert numbers(label, together) == [(16, 16), (16, 16)]

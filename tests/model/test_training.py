@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import model
 from model import R18_FPN, ModelConfig, Recipe
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
-from model.losses import LossConfig
+from model.losses import Divisor, LossConfig, own_count
 from model.network import Network, build_network
+from model.structures import ImageSize
 from model.torchvision_weights import torchvision_name
 from model.training import TrainingForward
 from tests.model.conftest import coco_paths, drawn_image, read_image
@@ -42,7 +44,7 @@ class Spread:
     def __init__(self, count: int, positive_fraction: float) -> None:
         self.count, self.positive_fraction = count, positive_fraction
 
-    def ours(self, label: Tensor) -> Tensor:
+    def ours(self, label: Tensor, seeds: object = None) -> Tensor:
         most = torch.full((len(label), 1), int(self.count * self.positive_fraction))
         positive = self._some(label > 0, most)
         return positive | self._some(label == 0, self.count - positive.sum(dim=1, keepdim=True))
@@ -257,9 +259,70 @@ def test_a_batch_by_hand() -> None:
     assert [tuple(torch.as_tensor(masks).shape) for masks in batch.masks] == [(0, 96, 128), (1, 85, 128)]
 
 
-def test_no_side_outgrows_a_square_input() -> None:
-    square = replace(SMALL, square=True)
+def test_sizes_and_padding_may_be_given() -> None:
     truths = [NOTHING, replace(NOTHING, masks=torch.zeros(0, 80, 120, dtype=torch.uint8))]
-    batch = collate(IMAGES, truths, config=square, recipe=Recipe(), min_size=400)
-    assert batch.pixels.shape == (2, 3, 128, 128)
-    assert batch.image_sizes.tolist() == [[96.0, 128.0], [85.0, 128.0]]
+    to_sizes = [ImageSize(50, 70), ImageSize(40, 33)]
+    batch = collate(IMAGES, truths, config=SMALL, recipe=Recipe(), to_sizes=to_sizes)
+    assert batch.pixels.shape == (2, 3, 64, 96)
+    assert batch.image_sizes.tolist() == [[50.0, 70.0], [40.0, 33.0]]
+    wider = collate(IMAGES, truths, config=SMALL, recipe=Recipe(), to_sizes=to_sizes, padded=ImageSize(50, 130))
+    assert wider.pixels.shape == (2, 3, 64, 160)
+    assert torch.equal(wider.pixels[..., :96], batch.pixels)
+    square = collate(IMAGES, truths, config=replace(SMALL, square=True), recipe=Recipe(), to_sizes=to_sizes)
+    assert square.pixels.shape == (2, 3, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        replace(SMALL, mask_classes="softmax"),
+        replace(SMALL, mask_head="none", num_keypoints=3, keypoint_convs=1, keypoint_channels=16),
+    ],
+)
+def test_the_mean_over_workers_is_the_loss_of_all_images(config: ModelConfig) -> None:
+    truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
+    truths = [replace(truth, keypoints=_centers(truth.boxes)[:, None].repeat(1, 3, 1)) for truth in truths]
+    seeds = [11, 12]
+    forward = forward_of(config)
+
+    def losses_of_part(images: list[int], divisor: Divisor) -> dict[str, Tensor]:
+        forward.divisor = divisor
+        chosen = [truths[index] for index in images], [seeds[index] for index in images]
+        batch = collate(
+            [IMAGES[index] for index in images],
+            chosen[0],
+            config=config,
+            recipe=forward.recipe,
+            padded=ImageSize(96, 128),
+            seeds=chosen[1],
+        )
+        found: dict[str, Tensor] = forward(batch)
+        return found
+
+    together = losses_of_part([0, 1], own_count)
+    counts: list[list[Tensor]] = [[], []]
+    for index in range(2):
+        losses_of_part([index], partial(_kept, counts[index]))
+    means = [torch.stack(pair).sum().clamp(min=1) / 2 for pair in zip(*counts, strict=True)]  # what all workers would agree on
+    parts = []
+    for index in range(2):
+        agreed = iter(means)
+        parts.append(losses_of_part([index], partial(_agreed, agreed)))
+    for name, value in together.items():
+        assert value > 0
+        torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, value, rtol=1e-5, atol=1e-7)
+
+
+def _centers(boxes: Tensor) -> Tensor:
+    """(G, 3) points that are seen."""
+    return torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, torch.full((len(boxes), 1), 2.0)], dim=1)
+
+
+def _kept(counts: list[Tensor], count: Tensor) -> Tensor:
+    counts.append(count)
+    return own_count(count)
+
+
+def _agreed(means: Iterator[Tensor], _count: Tensor) -> Tensor:
+    return next(means)
