@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,8 @@ def multilevel_roi_align(
 
 
 def _fits_embedding_bag(features: Sequence[Tensor], sampling_ratio: int) -> bool:
-    trains = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
-    kinds = {torch.float32, torch.bfloat16}
-    return features[0].device.type == "cpu" and sampling_ratio > 0 and features[0].dtype in kinds and not trains
+    kinds = {torch.float64, torch.float32, torch.bfloat16}
+    return features[0].device.type == "cpu" and sampling_ratio > 0 and features[0].dtype in kinds
 
 
 def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
@@ -115,8 +114,9 @@ def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Te
     columns, column_weights = _axis_samples(rois[:, 1], rois[:, 3], sampling, width)
     rows = rows * width + first[:, None, None]
     per_axis = 2 * sampling.ratio
-    step = max(1, _CHUNK_BINS // sampling.output_size**2)
-    for start in range(0, len(rois), step):
+    trains = torch.is_grad_enabled() and feature.requires_grad
+    step = max(1, len(rois) if trains else _CHUNK_BINS // sampling.output_size**2)
+    for start in range(0, max(1, len(rois)), step):  # one even without boxes: gradients must reach each level
         part = slice(start, start + step)
         # (R, S, 1, 4 T²) with (R, 1, S, 4 T²): the bag last and contiguous, which the addition is fast on.
         index = rows[part].repeat_interleave(per_axis, 2)[:, :, None] + columns[part].repeat(1, 1, per_axis)[:, None]
@@ -124,10 +124,37 @@ def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Te
             row_weights[part].repeat_interleave(per_axis, 2)[:, :, None]
             * column_weights[part].repeat(1, 1, per_axis)[:, None]
         )
-        bags = F.embedding_bag(
-            index.view(-1, per_axis**2), table, mode="sum", per_sample_weights=weight.view(-1, per_axis**2).to(table)
-        )  # (R * S * S, C)
-        _as_words(pooled)[place[part]] = _as_words(bags.view(-1, *pooled.shape[1:]))
+        bags = _Bags.apply(table, index.view(-1, per_axis**2), weight.view(-1, per_axis**2))  # (R * S * S, C)
+        maps = bags.view(-1, *pooled.shape[1:])  # (R, S, S, C)
+        if maps.requires_grad:
+            pooled[place[part]] = maps
+        else:
+            _as_words(pooled)[place[part]] = _as_words(maps)
+
+
+class _Bags(torch.autograd.Function):
+    """Weighted sums of rows: a sparse matrix of as many weights in each row, times the table.
+
+    The gradient is its transpose times the sums'. embedding_bag's own sorts the rows first, and takes five times as
+    long (measured: 50,000 bags of 16 rows of 96 channels, 0.39 s and 0.08 s on two cores).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """(B, C) of a table (P, C), from index and weight (B, W)."""
+        ctx.save_for_backward(index, weight)
+        ctx.num_rows, ctx.dtype = len(table), table.dtype
+        return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight.to(table))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        bag = torch.arange(len(index), device=index.device).repeat_interleave(index.shape[1])
+        places = torch.stack([index.flatten().to(torch.int64), bag])  # (2, B W) row of the table, bag
+        shape = (ctx.num_rows, len(index))
+        gradient = full_precision(gradient)
+        transposed = torch.sparse_coo_tensor(places, weight.flatten().to(gradient), shape, check_invariants=False)
+        return torch.sparse.mm(transposed, gradient).to(ctx.dtype), None, None
 
 
 def _as_words(maps: Tensor) -> Tensor:

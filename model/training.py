@@ -67,9 +67,11 @@ class TrainingForward(nn.Module):
         rpn_sampler: Sampler | None = None,
         box_sampler: Sampler | None = None,
         divisor: Divisor = own_count,
+        exact: bool = False,
     ) -> None:
         """Samplers are random unless given. With a `divisor` that gives the mean of all workers' counts, the mean of
-        their losses is the loss of all their images together."""
+        their losses is the loss of all their images together. `exact` pools regions by torchvision's operator, which on
+        a CPU takes several times as long."""
         super().__init__()
         self.network = network
         self.config = config
@@ -82,6 +84,7 @@ class TrainingForward(nn.Module):
             count=losses.box_samples, positive_fraction=losses.box_positive_fraction
         )
         self.divisor = divisor
+        self.exact = exact
         self._proposing = replace(recipe, rpn_pre_nms=losses.rpn_pre_nms, rpn_post_nms=losses.rpn_post_nms)
         self._cells = anchors_of(config, recipe)
 
@@ -241,6 +244,6 @@ class TrainingForward(nn.Module):
             resolution=resolution,
             config=self.config,
             recipe=self.recipe,
-            exact=True,  # torchvision's operator has gradients
+            exact=self.exact,
         )
         return self.network.of_regions(pooled)

@@ -222,7 +222,6 @@ def test_gradients_are_those_of_the_function(aligned: bool, sampling_ratio: int)
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_training_sees_the_values_of_inference(aligned: bool) -> None:
-    """Without gradients a CPU sums by `embedding_bag`; with them by torchvision's operator."""
     boxes, image_index = random_boxes(12, 40)
     without, trained = (
         multilevel_roi_align(
@@ -237,7 +236,27 @@ def test_training_sees_the_values_of_inference(aligned: bool) -> None:
         for trains in (False, True)
     )
     assert (without.requires_grad, trained.requires_grad) == (False, True)
-    torch.testing.assert_close(without, trained.detach(), atol=2e-5, rtol=0)
+    assert torch.equal(without, trained.detach())
+
+
+def test_a_level_without_boxes_takes_part_in_gradients() -> None:
+    features = [feature.requires_grad_() for feature in random_pyramid(13)]
+    for boxes in (torch.tensor([[0.0, 0.0, 20.0, 20.0]]), torch.zeros(0, 4)):
+        pooled = pool_by_7(features, boxes, torch.zeros(len(boxes), dtype=torch.int64))
+        gradients = torch.autograd.grad(pooled.sum(), features)  # raises for one that takes no part
+        assert [bool(gradient.any()) for gradient in gradients] == [len(boxes) > 0, False, False, False]
+
+
+def test_bf16_gradients_are_near() -> None:
+    boxes, image_index = random_boxes(14, 50)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        features = [feature.to(dtype).requires_grad_() for feature in random_pyramid(14)]
+        pooled = pool_by_7(features, boxes, image_index)
+        gradients.append(torch.autograd.grad(pooled.float().square().sum(), features))
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert (rounded.float() - exact).norm() <= 0.02 * exact.norm()
 
 
 def test_output_is_channels_last() -> None:
