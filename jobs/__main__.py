@@ -10,6 +10,8 @@ from jobs.command import run
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
+    "train": ("jobs.train", "TrainConfig"),
+    "evaluate": ("jobs.evaluate", "EvaluateConfig"),
     "describe": ("jobs.describe", "DescribeConfig"),
     "proposals": ("jobs.proposals", "ProposalsConfig"),
     "demo": ("jobs.demo", "DemoConfig"),

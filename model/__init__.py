@@ -1,6 +1,6 @@
 """Mask R-CNN: networks, weight files and inference, without Ray, Arrow or storage."""
 
-from model.config import R18_FPN, R50_C4, R50_FPN, R101_FPN, ModelConfig
+from model.config import R18_FPN, R50_C4, R50_FPN, R101_FPN, ModelConfig, R18_half_FPN
 from model.mask_rcnn import MaskRCNN, RawDetections
 from model.random_weights import random_network
 from model.recipe import Recipe
@@ -16,6 +16,7 @@ __all__ = [
     "ImageSize",
     "MaskRCNN",
     "ModelConfig",
+    "R18_half_FPN",
     "RawDetections",
     "Recipe",
     "Rle",

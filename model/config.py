@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model.checked import Checked, at_least
@@ -144,4 +144,15 @@ def R18_FPN(*, num_classes: int = 91, min_size: int = 320, max_size: int = 533) 
         mask_channels=128,
         min_size=min_size,
         max_size=max_size,
+    )
+
+
+def R18_half_FPN(*, num_classes: int = 91, min_size: int = 320, max_size: int = 533) -> ModelConfig:  # noqa: N802 - its name
+    """The same with a body of half the width: 5 million parameters, 10 MB in half precision."""
+    return replace(
+        R18_FPN(num_classes=num_classes, min_size=min_size, max_size=max_size),
+        body_width=32,
+        fpn_channels=96,
+        fpn_norm=True,
+        mask_channels=96,
     )

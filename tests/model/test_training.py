@@ -304,7 +304,9 @@ def test_the_mean_over_workers_is_the_loss_of_all_images(config: ModelConfig) ->
     counts: list[list[Tensor]] = [[], []]
     for index in range(2):
         losses_of_part([index], partial(_kept, counts[index]))
-    means = [torch.stack(pair).sum().clamp(min=1) / 2 for pair in zip(*counts, strict=True)]  # what all workers would agree on
+    means = [
+        torch.stack(pair).sum().clamp(min=1) / 2 for pair in zip(*counts, strict=True)
+    ]  # what all workers would agree on
     parts = []
     for index in range(2):
         agreed = iter(means)

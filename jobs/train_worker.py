@@ -1,0 +1,339 @@
+"""One worker of ``maskline train``: batch → losses → gradients → step → record; at times checkpoint and evaluation.
+
+Nothing random is kept between steps: what is drawn of an image follows from the seed, its epoch and its index, so a run
+that goes on from a checkpoint does what it would have done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Queue
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import model
+from jobs.train_config import TrainConfig
+from model import MaskRCNN
+from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
+from model.training import TrainingForward
+from model.weights import to_bytes
+from pipeline import checkpoints
+from pipeline.coco import CocoDataset
+from pipeline.coco_evaluation import Kind
+from pipeline.training_data import LoadedBatch, Loading, TrainingImages, load_ahead
+from pipeline.training_evaluation import Evaluator, Predict
+from pipeline.training_log import EvaluationRecord, StepRecord
+from pipeline.training_output import TrainingOutput
+from pipeline.worker_group import WorkerGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What is trained: our network, or a peer's in its place."""
+
+    network: nn.Module
+    """Whose parameters are trained."""
+    forward: nn.Module
+    """From a TrainingBatch to its losses by name."""
+    predictor: Callable[[nn.Module], Predict]
+    """What detects with the network as it is at the time."""
+    to_bytes: Callable[[nn.Module], bytes]
+    """Its weight file."""
+
+
+MakeTrainee = Callable[[MaskRCNN, TrainConfig, WorkerGroup, torch.device], Trainee]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What each worker is given."""
+
+    config: TrainConfig
+    weights: bytes
+    """The starting network, a weight file of ours."""
+    train: CocoDataset
+    val: CocoDataset | None
+    num_steps: int
+    make_trainee: MakeTrainee
+
+
+def our_trainee(start: MaskRCNN, config: TrainConfig, group: WorkerGroup, device: torch.device) -> Trainee:
+    """Our network with its losses, those of all workers' images together."""
+
+    def detecting(network: nn.Module) -> Predict:
+        net = MaskRCNN(
+            network,  # type: ignore[arg-type]  # a copy of the one below
+            config=start.config,
+            recipe=start.recipe,
+            categories=start.categories,
+            name="in training",
+            sha256="",
+            device=device,
+            exact=False,
+        )
+        return net.predict
+
+    network = start.network.to(device)
+    return Trainee(
+        network=network,
+        forward=TrainingForward(
+            network, config=start.config, recipe=start.recipe, losses=config.losses, divisor=group.mean_count
+        ),
+        predictor=detecting,
+        to_bytes=lambda network: to_bytes(
+            network,  # type: ignore[arg-type]
+            start.config,
+            start.recipe,
+            start.categories,
+            half=config.save_half,
+        ),
+    )
+
+
+class Training:
+    """A run as one of its workers sees it."""
+
+    def __init__(self, task: Task, events: Queue) -> None:
+        self.task, self.config = task, task.config
+        self.group = WorkerGroup()
+        self.device = ray.train.torch.get_device()
+        _set_up_torch(self.config, self.device)
+        start = model.load(task.weights)
+        self.trainee = task.make_trainee(start, self.config, self.group, self.device)
+        self.network = self.trainee.network.to(memory_format=torch.channels_last)
+        self.averaged = copy.deepcopy(self.network) if self.config.optimiser.ema else self.network
+        self.optimiser = build_optimiser(self.network, self.config.optimiser)
+        self.output = TrainingOutput(
+            self.config.output,
+            num_steps=task.num_steps,
+            lines_every=self.config.log_every,
+            say=(lambda kind, said: events.put((kind, said))) if self.group.rank == 0 else None,
+        )
+        self.first_step = self._restore()
+        forward = self.trainee.forward
+        self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
+        self.images = TrainingImages(task.train, _loading(task, start))
+        self.batches = load_ahead(
+            self.images,
+            self.images.parts(
+                batch_size=self.config.batch_size,
+                start=self.first_step,
+                rank=self.group.rank,
+                num_workers=self.group.size,
+                accumulate=self.config.accumulate,
+            ),
+            _loader_processes(self.config),
+        )
+        self.evaluator = None
+        if task.val is not None:
+            self.evaluator = Evaluator(
+                task.val,
+                str(self.config.val_images),
+                categories=start.categories,
+                kinds=_kinds(start),
+                group=self.group,
+                cache=self.images.cache,
+            )
+
+    def run(self) -> None:
+        """All steps from the newest checkpoint's on."""
+        every = max(1, round(self.config.evaluate_every * len(self.images) / self.config.batch_size))
+        for step in range(self.first_step, self.task.num_steps):
+            if not self._step(step):
+                return
+            is_last = step + 1 == self.task.num_steps
+            if is_last or (step + 1) % every == 0:
+                self._evaluate(step)
+            if is_last or (step + 1) % self.config.checkpoint_every == 0:
+                self._save(step + 1)
+        if self.group.rank == 0:
+            self.output.finish(self.trainee.to_bytes(self.averaged))
+        self.group.wait()
+
+    def _step(self, step: int) -> bool:
+        """One step of the optimiser; False if the losses or gradients are not finite, which ends the run."""
+        began = time.monotonic()
+        rate = learning_rate_at(
+            step, self.task.num_steps, batch_size=self.config.batch_size, config=self.config.optimiser
+        )
+        set_learning_rate(self.optimiser, rate)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses, unreadable, loaded, waited = self._gradients()
+        drop_frozen_gradients(self.network, step, self.config.optimiser)
+        bound = self.config.optimiser.clip_norm or math.inf
+        grad_norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), bound))
+        if not math.isfinite(grad_norm) or not all(map(math.isfinite, losses.values())):
+            parts = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
+            self._stop(
+                f"step {step + 1}: the losses or their gradient are not finite ({parts}; norm {grad_norm:.4g})",
+                "look at the annotations of its images, or begin again with a lower --optimiser.learning-rate or in "
+                "--precision fp32",
+                step,
+                [name for batch in loaded for name in batch.file_names],
+            )
+            return False
+        if unreadable == self.config.batch_size:
+            self._stop(
+                f"step {step + 1}: none of its {unreadable} images could be read",
+                f"are they in {self.config.train_images}, as the workers see it?",
+                step,
+                [error for batch in loaded for error in batch.unreadable],
+            )
+            return False
+        self.optimiser.step()
+        if self.averaged is not self.network:
+            average(self.averaged, self.network, step=step, config=self.config.optimiser)
+        self.output.add(
+            StepRecord(
+                step=step,
+                epoch=self._epoch(step),
+                losses=losses,
+                learning_rate=rate,
+                grad_norm=grad_norm,
+                images=self.config.batch_size,
+                seconds=time.monotonic() - began,
+                data_seconds=waited,
+                memory_bytes=_memory_bytes(self.device),
+                unreadable=unreadable,
+            )
+        )
+        return True
+
+    def _gradients(self) -> tuple[dict[str, float], int, list[LoadedBatch], float]:
+        """All workers' losses and number of unreadable images; this worker's batches, and the seconds it waited."""
+        sums: dict[str, Tensor] = {}
+        loaded, waited = [], 0.0
+        for turn in range(self.config.accumulate):
+            began = time.monotonic()
+            loaded.append(next(self.batches))
+            waited += time.monotonic() - began
+            is_last = turn + 1 == self.config.accumulate
+            with contextlib.nullcontext() if is_last or self.group.size == 1 else self.forward.no_sync():  # type: ignore[operator]
+                with _autocast(self.config, self.device):
+                    batch = loaded[-1].batch.to(self.device)
+                    pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
+                    losses = self.forward(replace(batch, pixels=pixels))
+                total = torch.stack(list(losses.values())).sum() / self.config.accumulate
+                total.backward()  # type: ignore[no-untyped-call]
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, torch.zeros_like(loss)) + loss.detach() / self.config.accumulate
+        unreadable = torch.tensor(float(sum(len(batch.unreadable) for batch in loaded)), device=self.device)
+        *means, share = self.group.mean(torch.stack([*sums.values(), unreadable])).tolist()
+        return dict(zip(sums, means, strict=True)), round(share * self.group.size), loaded, waited
+
+    def _evaluate(self, step: int) -> None:
+        if self.evaluator is None:
+            return
+        scores = self.evaluator.scores(self.trainee.predictor(self.averaged))
+        if self.group.rank == 0:
+            record = EvaluationRecord(step=step, epoch=self._epoch(step), scores=scores)
+            self.output.evaluated(
+                record, picture=self.evaluator.picture, weights=lambda: self.trainee.to_bytes(self.averaged)
+            )
+        ray.train.report({"step": step, **scores})
+
+    def _save(self, step: int) -> None:
+        """What a run needs to go on at `step`."""
+        if self.group.rank == 0:
+            state = {
+                "network": self.network.state_dict(),
+                "averaged": None if self.averaged is self.network else self.averaged.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "history": self.output.history.to_json_lines(),
+            }
+            checkpoints.write(self.config.output, step, state, keep=self.config.keep_checkpoints)
+            self.output.flush()
+        self.group.wait()
+
+    def _restore(self) -> int:
+        """The step to begin with."""
+        state = checkpoints.newest(self.config.output)
+        if state is None:
+            return 0
+        self.network.load_state_dict(state["network"])
+        if state["averaged"] is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.output.restore(state["history"], step=state["step"])
+        return int(state["step"])
+
+    def _stop(self, what: str, next_step: str, step: int, images: list[str]) -> None:
+        """Keep the state before the step and say what was wrong with it."""
+        named = self.group.gather(images)
+        self._save(step)
+        if self.group.rank == 0:
+            self.output.stop(f"{what}. Images: {', '.join(named)}. The state before it is kept; {next_step}")
+        self.group.wait()
+
+    def _epoch(self, step: int) -> float:
+        return (step + 1) * self.config.batch_size / len(self.images)
+
+
+def _kinds(start: MaskRCNN) -> list[Kind]:
+    kinds: list[Kind] = ["bbox"]
+    if start.config.mask_head != "none":
+        kinds.append("segm")
+    if start.config.num_keypoints:
+        kinds.append("keypoints")
+    return kinds
+
+
+def _loading(task: Task, start: MaskRCNN) -> Loading:
+    index_of = {name: index for index, name in start.categories.items()}
+    config = task.config
+    return Loading(
+        folder=config.train_images,
+        labels={category_id: index_of[name] for category_id, name in task.train.categories.items()},
+        config=start.config,
+        recipe=start.recipe,
+        augment=config.augment,
+        seed=config.seed,
+        cache_folder=config.cache_folder or str(Path(tempfile.gettempdir()) / "maskline-images"),
+        cache_bytes=int(config.cache_gigabytes * 1e9),
+        flip_pairs=task.train.flip_pairs,
+    )
+
+
+def _set_up_torch(config: TrainConfig, device: torch.device) -> None:
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
+    torch.manual_seed(config.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
+    if config.precision != "auto":
+        precision = config.precision
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def _loader_processes(config: TrainConfig) -> int:
+    if config.loader_processes is not None:
+        return config.loader_processes
+    return min(8, max(1, torch.get_num_threads() - 1))
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
