@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torchvision
@@ -41,9 +43,22 @@ def torchvision_network(
 
 @torch.inference_mode()
 def predict(network: nn.Module, image: NDArray[np.uint8]) -> Output:
-    """torchvision's answer for one image."""
-    output: Output = network([torch.from_numpy(image).permute(2, 0, 1).float() / 255])[0]
-    return output
+    """torchvision's answer for one image; of a keypoint network also its `heatmaps` (D, K, S, S) and the boxes in the
+    input that they lie over, `input_boxes` (D, 4)."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    heads: Any = network.roi_heads
+    kept: Output = {}
+    if heads.keypoint_predictor is None:
+        output: Output = network([pixels])[0]
+        return output
+    handles = [
+        heads.keypoint_predictor.register_forward_hook(lambda _module, _in, maps: kept.update(heatmaps=maps)),
+        heads.keypoint_roi_pool.register_forward_pre_hook(lambda _module, given: kept.update(input_boxes=given[1][0])),
+    ]
+    output = network([pixels])[0]
+    for handle in handles:
+        handle.remove()
+    return {**output, **kept}
 
 
 def _build(version: str, **sizes: int) -> nn.Module:
