@@ -57,7 +57,7 @@ def starting_network(
     if init is None:
         config = _changed(replace(MODELS[name](), num_classes=len(names) + 1), changes)
         return _fresh(config, _changed_recipe(Recipe(roi_aligned=True), recipe_changes), names, seed, f"{name}, new")
-    source = init if init in ("coco",) else _bytes_of(init)
+    source = init if init in weights.NAMES else _bytes_of(init)
     try:
         loaded = model.load(source, name=init)
     except ValueError as error:
@@ -108,11 +108,14 @@ def _with_weights(
     *,
     predictors: bool,
 ) -> StartingNetwork:
-    """A network of `config` with the tensors of `trained`; of its predictors only if they are for these classes."""
+    """A network of `config` with the tensors of `trained` for the parts that both have; of its predictors only if they
+    are for these classes."""
     start = _fresh(config, recipe, names, seed, how)
     left_out = () if predictors else tuple(layer for layer in STD_BY_LAYER if not layer.startswith("rpn."))
     tensors = {key: value for key, value in trained.tensors().items() if not key.startswith(left_out or ("\0",))}
     own = start.network.tensors()
+    parts = {key.split(".")[0] for key in own}
+    tensors = {key: value for key, value in tensors.items() if key.split(".")[0] in parts}
     misfits = [key for key, value in tensors.items() if key not in own or own[key].shape != value.shape]
     if misfits:
         raise ConfigError(f"{how}: {len(misfits)} tensors do not fit the changed network (first: {misfits[0]})")

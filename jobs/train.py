@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -23,24 +24,30 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
 from jobs.command import run
-from jobs.starting_network import starting_network
+from jobs.starting_network import StartingNetwork, starting_network
 from jobs.train_config import TrainConfig
 from jobs.train_worker import MakeTrainee, Task, Training, our_trainee
+from model.optimiser import build_optimiser
 from model.weights import to_bytes
 from pipeline import checkpoints, cluster, storage
 from pipeline.batch_sampler import steps_in_epochs
 from pipeline.coco import CocoDataset, Wanted, find_missing_files, read_coco
+from pipeline.coco_evaluation import category_mapping
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.training_data import with_objects
 from pipeline.uris import local_path
 
 
-def train(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> dict[str, Any]:
-    """Run it; what came of it. ``make_trainee`` takes the place of our network and its losses (benchmarks use it).
+def train(
+    config: TrainConfig, make_trainee: MakeTrainee = our_trainee, training: type[Training] = Training
+) -> dict[str, Any]:
+    """Run it; what came of it. For benchmarks, ``make_trainee`` takes the place of our network and its losses, and
+    ``training`` that of the loop.
 
     Raises:
         ConfigError: the request is wrong; nothing was started.
@@ -50,11 +57,12 @@ def train(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> dict[
     task = prepare(config, make_trainee)
     device = cluster.choose_device(config.device, config.address)
     cluster.connect(config.address)
-    events = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     with tempfile.TemporaryDirectory(prefix="maskline-train-") as folder, _printed(events) as last:
         trainer = ray.train.torch.TorchTrainer(
             work,
-            train_loop_config={"task": ray.put(task), "events": events},
+            train_loop_config={"task": ray.put(task), "events": events, "training": training},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=_bounds(config),
                 use_gpu=device == "cuda",
@@ -69,12 +77,11 @@ def train(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> dict[
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
-            step = checkpoints.newest_step(config.output)
-            raise PipelineError(
-                f"the training stopped: {_cause(error)}; the newest checkpoint is of step {step}, go on with --resume"
-            ) from error
-    if "stopped" in last:
-        raise PipelineError(last["stopped"])
+            raise PipelineError(f"the training failed: {_cause(error)}; {_how_to_go_on(config)}") from error
+        except SystemExit:  # what Ray Train makes of Ctrl-C, once it has ended its workers
+            pass
+    if "result" not in last:
+        raise PipelineError(last.get("stopped") or f"stopped; {_how_to_go_on(config)}")
     result: dict[str, Any] = last["result"]
     return result
 
@@ -110,6 +117,7 @@ def prepare(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> Tas
         recipe_changes={} if config.max_detections is None else {"max_detections": config.max_detections},
         seed=config.seed,
     )
+    _check_trainable(config, start, val)
     weights = to_bytes(start.network, start.config, start.recipe, start.categories)
     _check_same_run(config, dataset, weights)
     num_steps = steps_in_epochs(len(dataset.images), config.epochs, config.batch_size)
@@ -141,19 +149,32 @@ def _dataset(annotations: str, images: str, config: TrainConfig) -> CocoDataset:
 
 def _config_changes(config: TrainConfig, dataset: CocoDataset) -> dict[str, Any]:
     changes: dict[str, Any] = {} if config.norm == "keep" else {"norm": config.norm}
-    if not config.mask_head:
-        changes["mask_head"] = "none"
-    if config.keypoints:
-        if dataset.num_keypoints == 0:
-            raise ConfigError(f"{config.train_annotations} has no category with keypoints; leave out --keypoints")
-        changes["num_keypoints"] = dataset.num_keypoints
+    changes["mask_head"] = "fcn" if config.mask_head else "none"
+    changes["num_keypoints"] = dataset.num_keypoints if config.keypoints else 0
     sides = {"min_size": config.min_size, "max_size": config.max_size}
     return changes | {name: side for name, side in sides.items() if side is not None}
 
 
+def _check_trainable(config: TrainConfig, start: StartingNetwork, val: CocoDataset | None) -> None:
+    """Refuse what would only fail in the workers."""
+    if start.config.proposals == "given":
+        raise ConfigError("a Fast R-CNN needs proposals, which a COCO file does not hold; start from one with an RPN")
+    if start.config.norm == "sync" and cluster.choose_device(config.device, config.address) == "cpu":
+        raise ConfigError("norm sync needs device cuda; use --norm group, or batch")
+    if val is not None:
+        category_mapping(start.categories, val.categories)
+    try:
+        build_optimiser(start.network, config.optimiser)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _check_same_run(config: TrainConfig, dataset: CocoDataset, weights: bytes) -> None:
     """A run that is resumed must have what its losses follow from; that of a new one is written down."""
-    images = [(image.image_id, image.file_name, image.size, len(image.annotations)) for image in dataset.images]
+    images = [
+        (image.image_id, image.file_name, image.size, [(one.category_id, one.box) for one in image.annotations])
+        for image in dataset.images
+    ]
     settings = {
         **config.curve_settings(),
         "train_annotations": hashlib.sha256(json.dumps(images).encode()).hexdigest(),
@@ -212,6 +233,11 @@ def _printed(events: Queue) -> Iterator[dict[str, Any]]:
         thread.join(timeout=30)
 
 
+def _how_to_go_on(config: TrainConfig) -> str:
+    step = checkpoints.newest_step(config.output)
+    return "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} stays: go on with --resume"
+
+
 def _cause(error: BaseException) -> str:
     """The innermost error's first line."""
     while error.__cause__ is not None:
@@ -221,12 +247,18 @@ def _cause(error: BaseException) -> str:
 
 def work(given: dict[str, Any]) -> None:
     """What Ray Train runs in each worker."""
-    Training(ray.get(given["task"]), given["events"]).run()
+    given["training"](ray.get(given["task"]), given["events"]).run()
 
 
 def main(config: TrainConfig) -> None:
     """The command: train, and say what came of it."""
-    result = train(config)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    if config.peer == "torchvision":
+        from jobs.torchvision_training_peer import torchvision_trainee
+
+        result = train(config, torchvision_trainee)
+    else:
+        result = train(config)
     table = Table("score", "last", "best", title=f"{result['steps']} steps in {result['seconds'] / 60:.1f} minutes")
     for name, value in result["scores"].items():
         table.add_row(name, f"{value:.3f}", f"{result['best_scores'].get(name, value):.3f}")

@@ -30,8 +30,8 @@ class TrainConfig:
     val_images: str | None = None
     """What its file names are relative to."""
     init: str | None = None
-    """Weights to start from: Mask, Faster or Keypoint R-CNN weights (a file, a URI, or coco), or torchvision's ResNet
-    trained on ImageNet for the body alone."""
+    """Weights to start from: a Mask, Faster or Keypoint R-CNN's (a file, a URI, or demo, nuclei, coco), or those of
+    torchvision's ResNets trained on ImageNet for the body alone."""
     model: ModelName = "R50-FPN"
     """The network, where init does not bring one."""
     norm: Literal["keep", "frozen", "batch", "sync", "group"] = "keep"
@@ -89,6 +89,8 @@ class TrainConfig:
     cache_gigabytes: float = 50.0
     """Its bound."""
 
+    peer: Literal["none", "torchvision"] = "none"
+    """Train torchvision's Mask R-CNN of the same shape with its own losses in place of ours, to compare."""
     resume: bool = False
     """Go on from the newest checkpoint in the output."""
     max_failures: int = 3

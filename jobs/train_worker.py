@@ -35,11 +35,15 @@ from model.weights import to_bytes
 from pipeline import checkpoints
 from pipeline.coco import CocoDataset
 from pipeline.coco_evaluation import Kind
+from pipeline.errors import PipelineError
 from pipeline.training_data import LoadedBatch, Loading, TrainingImages, load_ahead
 from pipeline.training_evaluation import Evaluator, Predict
 from pipeline.training_log import EvaluationRecord, StepRecord
 from pipeline.training_output import TrainingOutput
 from pipeline.worker_group import WorkerGroup
+
+UNREADABLE_STEPS = 10
+"""Steps in a row without a readable image that end a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +113,7 @@ class Training:
     """A run as one of its workers sees it."""
 
     def __init__(self, task: Task, events: Queue) -> None:
-        self.task, self.config = task, task.config
+        self.task, self.config, self.events = task, task.config, events
         self.group = WorkerGroup()
         self.device = ray.train.torch.get_device()
         _set_up_torch(self.config, self.device)
@@ -125,6 +129,8 @@ class Training:
             say=(lambda kind, said: events.put((kind, said))) if self.group.rank == 0 else None,
         )
         self.first_step = self._restore()
+        self._statistics = [buffer.clone() for buffer in self.network.buffers()]
+        self._unreadable_steps = 0
         forward = self.trainee.forward
         self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
         self.images = TrainingImages(task.train, _loading(task, start))
@@ -152,6 +158,7 @@ class Training:
 
     def run(self) -> None:
         """All steps from the newest checkpoint's on."""
+        self._last_step_ended = time.monotonic()
         every = max(1, round(self.config.evaluate_every * len(self.images) / self.config.batch_size))
         for step in range(self.first_step, self.task.num_steps):
             if not self._step(step):
@@ -159,20 +166,23 @@ class Training:
             is_last = step + 1 == self.task.num_steps
             if is_last or (step + 1) % every == 0:
                 self._evaluate(step)
+                self._last_step_ended = time.monotonic()
             if is_last or (step + 1) % self.config.checkpoint_every == 0:
                 self._save(step + 1)
+                self._last_step_ended = time.monotonic()
         if self.group.rank == 0:
             self.output.finish(self.trainee.to_bytes(self.averaged))
         self.group.wait()
 
     def _step(self, step: int) -> bool:
         """One step of the optimiser; False if the losses or gradients are not finite, which ends the run."""
-        began = time.monotonic()
         rate = learning_rate_at(
             step, self.task.num_steps, batch_size=self.config.batch_size, config=self.config.optimiser
         )
         set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
+        for kept, buffer in zip(self._statistics, self.network.buffers(), strict=True):
+            kept.copy_(buffer)
         losses, unreadable, loaded, waited = self._gradients()
         drop_frozen_gradients(self.network, step, self.config.optimiser)
         bound = self.config.optimiser.clip_norm or math.inf
@@ -187,9 +197,10 @@ class Training:
                 [name for batch in loaded for name in batch.file_names],
             )
             return False
-        if unreadable == self.config.batch_size:
+        self._unreadable_steps = self._unreadable_steps + 1 if unreadable == self.config.batch_size else 0
+        if self._unreadable_steps == UNREADABLE_STEPS:
             self._stop(
-                f"step {step + 1}: none of its {unreadable} images could be read",
+                f"step {step + 1}: no image of the last {UNREADABLE_STEPS} steps could be read",
                 f"are they in {self.config.train_images}, as the workers see it?",
                 step,
                 [error for batch in loaded for error in batch.unreadable],
@@ -198,6 +209,7 @@ class Training:
         self.optimiser.step()
         if self.averaged is not self.network:
             average(self.averaged, self.network, step=step, config=self.config.optimiser)
+        now = time.monotonic()
         self.output.add(
             StepRecord(
                 step=step,
@@ -206,12 +218,13 @@ class Training:
                 learning_rate=rate,
                 grad_norm=grad_norm,
                 images=self.config.batch_size,
-                seconds=time.monotonic() - began,
+                seconds=now - self._last_step_ended,
                 data_seconds=waited,
                 memory_bytes=_memory_bytes(self.device),
                 unreadable=unreadable,
             )
         )
+        self._last_step_ended = now
         return True
 
     def _gradients(self) -> tuple[dict[str, float], int, list[LoadedBatch], float]:
@@ -224,7 +237,7 @@ class Training:
             waited += time.monotonic() - began
             is_last = turn + 1 == self.config.accumulate
             with contextlib.nullcontext() if is_last or self.group.size == 1 else self.forward.no_sync():  # type: ignore[operator]
-                with _autocast(self.config, self.device):
+                with autocast(self.config, self.device):
                     batch = loaded[-1].batch.to(self.device)
                     pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
                     losses = self.forward(replace(batch, pixels=pixels))
@@ -239,6 +252,7 @@ class Training:
     def _evaluate(self, step: int) -> None:
         if self.evaluator is None:
             return
+        self.group.take_statistics(self.averaged)
         scores = self.evaluator.scores(self.trainee.predictor(self.averaged))
         if self.group.rank == 0:
             record = EvaluationRecord(step=step, epoch=self._epoch(step), scores=scores)
@@ -263,6 +277,11 @@ class Training:
     def _restore(self) -> int:
         """The step to begin with."""
         state = checkpoints.newest(self.config.output)
+        if not self.group.agrees_on(None if state is None else state["step"]):
+            raise PipelineError(
+                f"the workers find different checkpoints in {self.config.output}: give --output a path that all nodes "
+                "share, or a URI"
+            )
         if state is None:
             return 0
         self.network.load_state_dict(state["network"])
@@ -274,6 +293,8 @@ class Training:
 
     def _stop(self, what: str, next_step: str, step: int, images: list[str]) -> None:
         """Keep the state before the step and say what was wrong with it."""
+        for kept, buffer in zip(self._statistics, self.network.buffers(), strict=True):
+            buffer.copy_(kept)
         named = self.group.gather(images)
         self._save(step)
         if self.group.rank == 0:
@@ -320,7 +341,8 @@ def _set_up_torch(config: TrainConfig, device: torch.device) -> None:
         torch.use_deterministic_algorithms(mode=True)
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Of the forward pass, by the config's precision."""
     precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
     if config.precision != "auto":
         precision = config.precision

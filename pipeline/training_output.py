@@ -24,7 +24,7 @@ from pipeline.training_log import (
 )
 from pipeline.training_pictures import curves
 
-CURVES_EVERY_SECONDS = 60.0
+CURVES_EVERY_SECONDS = 300.0
 """At least, between two drawings of the curves."""
 
 Say = Callable[[str, Any], None]
@@ -42,7 +42,7 @@ class TrainingOutput:
         self._warned: set[str] = set()
         self._drawn_at = 0.0
         self._board: TensorBoardLog | None = None
-        self._purge_step: int | None = None
+        self._purge_step = 0
 
     def restore(self, history: bytes, *, step: int) -> None:
         """Go on after the records of an earlier attempt."""

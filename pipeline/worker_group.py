@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Item = TypeVar("Item")
 
@@ -39,6 +39,19 @@ class WorkerGroup:
         lists: list[list[Item]] | None = [[] for _ in range(self.size)] if self.rank == 0 else None
         dist.gather_object(items, lists, group=self._hosts)
         return [item for one in lists or [] for item in one]
+
+    def agrees_on(self, value: object) -> bool:
+        """Whether all workers have the same value."""
+        if self.size == 1:
+            return True
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._hosts)
+        return all(one == values[0] for one in values)
+
+    def take_statistics(self, network: nn.Module) -> None:
+        """Give every worker's copy the buffers of the first one's: each has normed other images."""
+        for buffer in network.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
         """Until all have come here."""
