@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("jobs.evaluate", "EvaluateConfig"),
     "describe": ("jobs.describe", "DescribeConfig"),
     "proposals": ("jobs.proposals", "ProposalsConfig"),
+    "draw": ("jobs.draw", "DrawConfig"),
     "demo": ("jobs.demo", "DemoConfig"),
     "benchmark": ("jobs.benchmark", "BenchmarkConfig"),
 }

@@ -5,6 +5,8 @@
 - ``pipeline_vs_best_ray_data``: the same against the fastest Ray Data pipeline we could write: ``read_binary_files``,
   torchvision's decoder in ``map_batches``.
 - ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
+- ``train_vs_bare_step``: the loop of ``maskline train`` against its forward, backward and step alone, over batches in
+  memory; ``train_vs_torchvision``: against torchvision's network of the same shape with its losses, in our loop.
 
 The start of Ray and of the model is left out on all sides; listing and planning are counted on all.
 """
@@ -20,7 +22,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,20 +34,28 @@ from rich.console import Console
 from rich.table import Table
 
 import model
-from jobs import bare_loop_peer, ray_data_peer
+from jobs import bare_loop_peer, bare_training_peer, ray_data_peer, torchvision_training_peer
 from jobs.command import run
 from jobs.segment import SegmentConfig, segment
+from jobs.starting_network import ModelName
+from jobs.train import train
+from jobs.train_config import TrainConfig
+from jobs.train_worker import MakeTrainee, our_trainee
 from model.structures import Detections, ImageSize
 from pipeline import cluster
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Pixels
-from pipeline.scenes import draw_scene
+from pipeline.scenes import draw_scene, write_archive
+from pipeline.training_log import History
 from pipeline.workers import ACTOR_ENVIRONMENT
 
-Part = Literal["pipeline", "end_to_end"]
+Part = Literal["pipeline", "end_to_end", "train"]
 
 PIPELINE_SHARD, MODEL_SHARD = 500, 10
 """Images in a shard, so that each run has several."""
+
+TRAINED_IMAGES, TRAINED_BATCH = 64, 8
+"""Drawn scenes trained on, and images in a step."""
 
 DRAWN_IMAGES = 100
 """Distinct images drawn when no folder is given."""
@@ -55,7 +65,7 @@ DRAWN_IMAGES = 100
 class BenchmarkConfig:
     """Measure maskline against named peers in one run."""
 
-    parts: tuple[Part, ...] = ("pipeline", "end_to_end")
+    parts: tuple[Part, ...] = ("pipeline", "end_to_end", "train")
     """What to measure."""
     images: str | None = None
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
@@ -63,6 +73,10 @@ class BenchmarkConfig:
     """For the pipeline part: the folder's images are copied under new names until there are so many."""
     num_model_images: int = 40
     """For the end to end part."""
+    train_steps: int = 24
+    """For the train part, the first three of which do not count."""
+    train_model: ModelName = "R18-half-FPN"
+    """For the train part."""
     weights: str | None = None
     """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -159,6 +173,42 @@ def measure_end_to_end(config: BenchmarkConfig, folder: Path, work: Path, weight
     ]
 
 
+def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
+    """Our loop, its computation alone, and torchvision's network in our loop, turn about."""
+    annotations = write_archive(work / "scenes", num_images=TRAINED_IMAGES, num_in_tar=0, seed=0)
+    steps, warm = config.train_steps, bare_training_peer.WARM_STEPS
+    training = TrainConfig(
+        train_annotations=str(annotations),
+        train_images=str(annotations.parent),
+        output="",
+        model=config.train_model,
+        batch_size=TRAINED_BATCH,
+        epochs=steps * TRAINED_BATCH / TRAINED_IMAGES,
+        device=config.device,
+        log_every=steps,
+    )
+
+    def run_loop(make_trainee: MakeTrainee, output: Path) -> float:
+        train(replace(training, output=str(output)), make_trainee)
+        history = History.from_json_lines((output / "metrics.jsonl").read_bytes())
+        return sum(record.seconds for record in history.steps[warm:])
+
+    def run_bare(output: Path) -> float:
+        seconds: float = train(replace(training, output=str(output)), training=bare_training_peer.BareTraining)[
+            "seconds"
+        ]
+        return seconds
+
+    systems: dict[str, Callable[[Path], float]] = {
+        "maskline": functools.partial(run_loop, our_trainee),
+        "bare step": run_bare,
+        "torchvision": functools.partial(run_loop, torchvision_training_peer.torchvision_trainee),
+    }
+    seconds = _take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
+    images = (steps - warm) * TRAINED_BATCH
+    return [Row(part="train", system=system, images=images, seconds=times) for system, times in seconds.items()]
+
+
 def _take_turns(
     systems: dict[str, Callable[[Path], float]], outputs: Iterator[Path], repeats: int
 ) -> dict[str, tuple[float, ...]]:
@@ -216,6 +266,8 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
         "pipeline_vs_ray_data": ("pipeline", "ray data, read_images"),
         "pipeline_vs_best_ray_data": ("pipeline", "ray data, read_binary_files"),
         "end_to_end_vs_model_loop": ("end to end", "bare model loop"),
+        "train_vs_bare_step": ("train", "bare step"),
+        "train_vs_torchvision": ("train", "torchvision"),
     }
     return {
         name: rates[part, "maskline"] / rates[part, peer]
@@ -230,6 +282,8 @@ def main(config: BenchmarkConfig) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
         work = Path(name)
+        if "train" in config.parts:
+            rows += measure_training(config, work)
         first = copy_images(config.images, work / "first", 1) / "000000.jpg"
         weights = _weights(config, work, first)
         if "pipeline" in config.parts:

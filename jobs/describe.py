@@ -30,7 +30,7 @@ class DescribeConfig:
     """Say what a weight file holds, and what an image costs."""
 
     weights: tyro.conf.Positional[str]
-    """A weights file or its URI, or the name coco."""
+    """A weights file or its URI, or a name: demo, nuclei or coco."""
     height: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Of the input whose multiply-adds are counted, pixels; by default the network's largest landscape input."""
     width: Annotated[int | None, tyro.conf.arg(metavar="N")] = None

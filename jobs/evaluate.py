@@ -55,7 +55,7 @@ class EvaluateConfig:
     images: Place = None
     """The folder or prefix below which the annotations' file names lie, to run --weights on."""
     weights: Place = None
-    """A weights file or its URI, or the name coco; with --images."""
+    """A weights file or its URI, or a name: demo, nuclei or coco; with --images."""
     output: Place = None
     """A folder or URI for evaluation.json, the precision-recall pictures and, with --weights, the table results/."""
     score_threshold: float = SCORE_THRESHOLD

@@ -18,7 +18,7 @@ import tyro
 
 import model
 from jobs.command import run
-from model.weights import WeightsInfo
+from model.weights import NAMES, WeightsInfo
 from pipeline import cluster, commits, storage
 from pipeline.archive import ArchiveLimits, Listing, list_images
 from pipeline.cluster import Device
@@ -31,9 +31,6 @@ from pipeline.schedule import Schedule, ScheduleConfig
 from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, ShardConfig
 from pipeline.summary import Summary
-
-NAMED_WEIGHTS = ("coco",)
-"""Names that ``model.load`` knows; anything else is a file or a URI."""
 
 SUSPECT_AFTER_ATTEMPTS = 2
 """A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
@@ -49,7 +46,7 @@ class SegmentConfig:
     output: str
     """The results table's root: a folder or a URI. The same table again is how a run resumes."""
     weights: str
-    """A weights file or its URI, or the name coco."""
+    """A weights file or its URI, or a name: demo and nuclei come with maskline, coco is downloaded from torchvision."""
     score_threshold: float = 0.5
     """Detections below it are not written."""
     images_per_shard: int = ShardConfig.images_per_shard
@@ -220,10 +217,10 @@ def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
         ConfigError: there is no such file, or it is not weights that this model understands.
     """
     try:
-        weights: str | bytes = source if source in NAMED_WEIGHTS else storage.read_bytes(source)
+        weights: str | bytes = source if source in NAMES else storage.read_bytes(source)
         info = model.describe(weights, name=source if isinstance(weights, str) else source.rsplit("/", 1)[-1])
     except FileNotFoundError as error:
-        names = ", ".join(NAMED_WEIGHTS)
+        names = ", ".join(NAMES)
         raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"weights {storage.public_uri(source)}: {error}") from error

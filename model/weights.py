@@ -30,7 +30,12 @@ from model.network import Network, Precision, build_network
 from model.recipe import Recipe
 
 Source = str | Path | bytes
-"""A path, the contents of a file, or the name `coco`."""
+"""A path, the contents of a file, or a name: `coco`, or one of those shipped."""
+
+SHIPPED = ("demo", "nuclei")
+"""Weights that come with this package, by name."""
+NAMES = ("coco", *SHIPPED)
+"""What `load` takes besides files."""
 
 # What torch.load raises over files that were cut or altered, found by cutting and altering some.
 _DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, struct.error)
@@ -138,6 +143,8 @@ def _read(source: Source, name: str | None) -> tuple[WeightsInfo, dict[str, Tens
     """The checked contents of a weight file under our names."""
     if source == "coco":
         name, source = name or "coco", _download_coco()
+    if source in SHIPPED:
+        name, source = name or str(source), Path(__file__).parent / "shipped" / f"{source}.safetensors"
     contents, path = _open(source)
     sha256 = hashlib.sha256(contents).hexdigest()
     name = name or (path.name if path else f"weights-{sha256[:12]}")
@@ -155,7 +162,7 @@ def _open(source: Source) -> tuple[bytes, Path | None]:
     except OSError as error:
         raise ValueError(
             f"cannot read weights {str(source)!r}: {error.strerror or error}; "
-            "give a .safetensors, .pth or .pkl file, or the name 'coco'"
+            f"give a .safetensors, .pth or .pkl file, or one of the names {', '.join(NAMES)}"
         ) from error
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -95,17 +96,18 @@ def draw_scene(seed: int, size: ImageSize) -> Scene:
     )
 
 
-def write_archive(folder: Path, *, num_images: int, seed: int) -> Path:
-    """JPEGs, two thirds loose in folders and the last third in ``scenes.tar``; the path of their COCO annotations.
+def write_archive(folder: Path, *, num_images: int, seed: int, num_in_tar: int | None = None) -> Path:
+    """JPEGs, loose in folders but for the last ones, by default a third, which ``scenes.tar`` holds; the path of their
+    COCO annotations.
 
     A ``file_name`` is what follows the folder's URI in the image_key: ``loose/00/scene_00000.jpg`` or
     ``scenes.tar#scene_00042.jpg``. Beside each image in the tar lies its ``.json``, as WebDataset has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    num_loose = num_images - num_images // 3
+    num_loose = num_images - (num_images // 3 if num_in_tar is None else num_in_tar)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with tarfile.open(folder / "scenes.tar", "w") as tar:
+    with tarfile.open(folder / "scenes.tar", "w") if num_loose < num_images else nullcontext() as tar:
         for index in range(num_images):
             name = f"scene_{index:05d}.jpg"
             scene_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
@@ -119,7 +121,7 @@ def write_archive(folder: Path, *, num_images: int, seed: int) -> Path:
                 path = folder / str(image["file_name"])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(buffer.getvalue())
-            else:
+            elif tar is not None:
                 image["file_name"] = f"scenes.tar#{name}"
                 _add_member(tar, name, buffer.getvalue())
                 _add_member(tar, name.replace(".jpg", ".json"), json.dumps(image).encode())

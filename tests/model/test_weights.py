@@ -127,7 +127,7 @@ def test_files_that_are_no_weights_are_refused(saved: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             model.describe(contents)
-    with pytest.raises(ValueError, match=r"cannot read weights.*none\.pth.*or the name 'coco'"):
+    with pytest.raises(ValueError, match=r"cannot read weights.*none\.pth.*or one of the names coco, demo, nuclei"):
         model.load(tmp_path / "none.pth")
     with pytest.raises(ValueError, match="cannot read weights"):
         model.load(tmp_path)
