@@ -59,7 +59,7 @@ def train(
     cluster.connect(config.address)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    with tempfile.TemporaryDirectory(prefix="maskline-train-") as folder, _printed(events) as last:
+    with tempfile.TemporaryDirectory(prefix="maskline-train-") as folder, _printed(events) as last, _stop_on_sigterm():
         trainer = ray.train.torch.TorchTrainer(
             work,
             train_loop_config={"task": ray.put(task), "events": events, "training": training},
@@ -233,6 +233,16 @@ def _printed(events: Queue) -> Iterator[dict[str, Any]]:
         thread.join(timeout=30)
 
 
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM is Ctrl-C, which Ray Train ends its workers on; Ray's own handler would abort this process."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _how_to_go_on(config: TrainConfig) -> str:
     step = checkpoints.newest_step(config.output)
     return "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} stays: go on with --resume"
@@ -252,7 +262,6 @@ def work(given: dict[str, Any]) -> None:
 
 def main(config: TrainConfig) -> None:
     """The command: train, and say what came of it."""
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     if config.peer == "torchvision":
         from jobs.torchvision_training_peer import torchvision_trainee
 

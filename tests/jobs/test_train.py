@@ -187,6 +187,16 @@ def test_a_killed_driver_leaves_the_curve_as_it_was(folder: Path, undisturbed: H
     assert "going on from the checkpoint" in said(output)
 
 
+@pytest.mark.slow
+def test_sigterm_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run = start(folder, output, "--epochs", 50)
+    wait_for(lambda: f"step {CHECKPOINT_EVERY + 1}/" in said(output), run, output)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(LIMIT_SECONDS) == 1
+    assert said(output).splitlines()[-1].endswith("stays: go on with --resume")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run = start(folder, output, "--epochs", 3, "--optimiser.learning-rate", 1e30, "--optimiser.clip-norm", 0)
