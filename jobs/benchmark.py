@@ -40,7 +40,7 @@ from jobs.segment import SegmentConfig, segment
 from jobs.starting_network import ModelName
 from jobs.train import train
 from jobs.train_config import TrainConfig
-from jobs.train_worker import MakeTrainee, our_trainee
+from jobs.trainee import MakeTrainee, our_trainee
 from model.structures import Detections, ImageSize
 from pipeline import cluster
 from pipeline.errors import ConfigError

@@ -24,10 +24,11 @@ from pipeline import storage
 from pipeline.archive import ARCHIVE_NAMES
 from pipeline.coco import CocoDataset, Wanted, read_coco
 from pipeline.coco_defects import Defects
-from pipeline.coco_evaluation import Kind, Score, TableResults, read_table, score
+from pipeline.coco_evaluation import Kind, Score, score
 from pipeline.errors import ConfigError
 from pipeline.precision_recall import draw_precision_recall
 from pipeline.results import open_results
+from pipeline.table_results import TableResults, read_table
 
 SCORE_THRESHOLD = 0.05
 """The papers' own for COCO's numbers: below it detections are too many and change AP too little."""

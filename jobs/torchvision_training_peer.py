@@ -27,7 +27,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from jobs.train_config import TrainConfig
-from jobs.train_worker import Trainee
+from jobs.trainee import Trainee
 from model import Detections, ImageSize, MaskRCNN, ModelConfig, Recipe
 from model.ground_truth import TrainingBatch
 from model.losses import LossConfig

@@ -31,7 +31,8 @@ from rich.table import Table
 from jobs.command import run
 from jobs.starting_network import StartingNetwork, starting_network
 from jobs.train_config import TrainConfig
-from jobs.train_worker import MakeTrainee, Task, Training, our_trainee
+from jobs.train_worker import Task, Training
+from jobs.trainee import MakeTrainee, our_trainee
 from model.optimiser import build_optimiser
 from model.weights import to_bytes
 from pipeline import checkpoints, cluster, storage

@@ -13,7 +13,6 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,39 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import model
 from jobs.train_config import TrainConfig
+from jobs.trainee import MakeTrainee
 from model import MaskRCNN
 from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
-from model.training import TrainingForward
-from model.weights import to_bytes
 from pipeline import checkpoints
 from pipeline.coco import CocoDataset
 from pipeline.coco_evaluation import Kind
 from pipeline.errors import PipelineError
 from pipeline.training_data import LoadedBatch, Loading, TrainingImages, load_ahead
-from pipeline.training_evaluation import Evaluator, Predict
+from pipeline.training_evaluation import Evaluator
 from pipeline.training_log import EvaluationRecord, StepRecord
 from pipeline.training_output import TrainingOutput
 from pipeline.worker_group import WorkerGroup
 
 UNREADABLE_STEPS = 10
 """Steps in a row without a readable image that end a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainee:
-    """What is trained: our network, or a peer's in its place."""
-
-    network: nn.Module
-    """Whose parameters are trained."""
-    forward: nn.Module
-    """From a TrainingBatch to its losses by name."""
-    predictor: Callable[[nn.Module], Predict]
-    """What detects with the network as it is at the time."""
-    to_bytes: Callable[[nn.Module], bytes]
-    """Its weight file."""
-
-
-MakeTrainee = Callable[[MaskRCNN, TrainConfig, WorkerGroup, torch.device], Trainee]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,39 +55,6 @@ class Task:
     val: CocoDataset | None
     num_steps: int
     make_trainee: MakeTrainee
-
-
-def our_trainee(start: MaskRCNN, config: TrainConfig, group: WorkerGroup, device: torch.device) -> Trainee:
-    """Our network with its losses, those of all workers' images together."""
-
-    def detecting(network: nn.Module) -> Predict:
-        net = MaskRCNN(
-            network,  # type: ignore[arg-type]  # a copy of the one below
-            config=start.config,
-            recipe=start.recipe,
-            categories=start.categories,
-            name="in training",
-            sha256="",
-            device=device,
-            exact=False,
-        )
-        return net.predict
-
-    network = start.network.to(device)
-    return Trainee(
-        network=network,
-        forward=TrainingForward(
-            network, config=start.config, recipe=start.recipe, losses=config.losses, divisor=group.mean_count
-        ),
-        predictor=detecting,
-        to_bytes=lambda network: to_bytes(
-            network,  # type: ignore[arg-type]
-            start.config,
-            start.recipe,
-            start.categories,
-            half=config.save_half,
-        ),
-    )
 
 
 class Training:
@@ -164,7 +112,10 @@ class Training:
             if not self._step(step):
                 return
             is_last = step + 1 == self.task.num_steps
-            if is_last or (step + 1) % every == 0:
+            is_due = (
+                step + 1
+            ) % every == 0 and self.task.num_steps - step > every / 2  # or the last one comes too soon
+            if is_last or is_due:
                 self._evaluate(step)
                 self._last_step_ended = time.monotonic()
             if is_last or (step + 1) % self.config.checkpoint_every == 0:

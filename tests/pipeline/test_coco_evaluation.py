@@ -31,8 +31,6 @@ from pipeline.coco_evaluation import (
     Kind,
     Result,
     category_mapping,
-    match_image_keys,
-    read_table,
     score,
     to_coco_results,
 )
@@ -42,6 +40,7 @@ from pipeline.items import Item
 from pipeline.precision_recall import draw_precision_recall
 from pipeline.results import ShardRows, TableMetadata, open_results, write_table
 from pipeline.scenes import CATEGORIES, write_archive
+from pipeline.table_results import match_image_keys, read_table
 from tests.model.conftest import DATA
 
 FIELDS: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
