@@ -20,6 +20,9 @@ from tests.model.conftest import coco_paths, drawn_image, read_image
 from tests.reference.parity import Difference, compare
 from tests.reference.torchvision_networks import predict, torchvision_network
 
+FEW = 10
+"""Detections in an image of some 20,000 pixels that are enough to compare; photographs have more than drawn ones."""
+
 needs_coco = pytest.mark.skipif(not coco_paths(), reason="coco100 is not beside the repository: set MASKLINE_DATA")
 
 
@@ -46,7 +49,7 @@ def test_agrees_with_torchvision_on_small_inputs(version: str) -> None:
     exact, folded = (_changed(loaded, config=config, recipe=recipe, exact=exact) for exact in (True, False))
     for image in images:
         expected = predict(theirs, image)
-        assert len(expected["labels"]) == 100
+        assert len(expected["labels"]) >= FEW
         difference = compare(exact.predict([image])[0], expected)
         assert difference.is_within()
         assert (difference.box, difference.score) == (0.0, 0.0)

@@ -97,7 +97,8 @@ def test_faults_are_named_key_by_key(saved: Path) -> None:
     [
         ({"format": 1}, "format 1, this maskline reads 2"),
         ({"categories": {"1": "cat"}}, "1 categories.*classes 1 to 4"),
-        ({"recipe": {}}, "Recipe fields do not match"),
+        ({"recipe": {"channels": "RGB"}}, r"Recipe fields do not match: missing \[\], unknown \['channels'\]"),
+        ({"config": {}}, r"ModelConfig fields do not match: missing \['body', 'num_classes'\]"),
         ({"config": []}, "metadata"),
         ({"categories": None}, "metadata"),
     ],
