@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,9 +12,15 @@ from pathlib import Path
 import fsspec
 import pytest
 import stamina
+import torch
 
 from pipeline import uris
 from tests.pipeline.s3_server import FaultyProxy, running_server
+
+# Without a GPU our kernels are interpreted. Triton asks for this as its own functions are defined, when it is first
+# imported, and torchvision imports it: a conftest below this one, next to those that import a network, is too late.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -28,3 +28,16 @@ def segment_nms(boxes: Floats, scores: Floats, segments: NDArray[np.int64], iou_
         if not any(float(iou(boxes[index], boxes[candidate])) > iou_threshold for index in rivals):
             kept.append(candidate)
     return kept
+
+
+def sorted_nms(
+    boxes: Floats, valid: NDArray[np.bool_], labels: NDArray[np.int64], iou_threshold: float, limit: int
+) -> NDArray[np.bool_]:
+    """Which of the boxes (S, B, 4), in each segment best first, stay: (S, B)."""
+    stays = np.zeros_like(valid)
+    for segment, place in np.argwhere(valid):
+        kept = np.flatnonzero(stays[segment])
+        rivals = boxes[segment, kept[labels[segment, kept] == labels[segment, place]]]
+        suppressed = any(float(iou(rival, boxes[segment, place])) > iou_threshold for rival in rivals)
+        stays[segment, place] = not suppressed and len(kept) < limit
+    return stays

@@ -1,0 +1,1 @@
+"""Triton kernels: what CUDA runs in place of torch's operators, each with a slow loop it must agree with."""
