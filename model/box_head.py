@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model import boxes as box_math
 from model.conv_norm import ConvNorm
+from model.fused_conv import fused_linear, linear_in_float32
 from model.nms import segment_nms
 from model.norm import Norm
 from model.recipe import Recipe
@@ -44,14 +45,31 @@ class BoxHead(nn.Module):
         self.fcs = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
         self.class_logits = nn.Linear(sizes[-1], num_classes)
         self.deltas = nn.Linear(sizes[-1], num_classes * 4)
+        self.fused = False
+        """As of ConvNorm."""
 
     def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(region_features)  # (R, C, S, S)
         for fc in self.fcs:
-            x = fc(x if isinstance(fc, nn.Conv2d) else x.flatten(1)).relu_()
+            if self.fused:
+                assert isinstance(fc, nn.Conv2d | nn.Linear)
+                assert fc.bias is not None
+                x = fused_linear(_cells_first(x), _cells_first(fc.weight), fc.bias)
+            else:
+                x = fc(x if isinstance(fc, nn.Conv2d) else x.flatten(1)).relu_()
         x = x.flatten(1) if self.fcs else x.mean(dim=(2, 3))  # (R, width)
+        if self.fused:
+            class_logits, deltas = (
+                linear_in_float32(x, layer.weight, layer.bias) for layer in (self.class_logits, self.deltas)
+            )
+            return class_logits, deltas.view(len(x), -1, 4)
         x = x.to(self.class_logits.weight.dtype)
         return self.class_logits(x), self.deltas(x).view(len(x), self.class_logits.out_features, 4)  # (R, K), (R, K, 4)
+
+
+def _cells_first(values: Tensor) -> Tensor:
+    """(R, S S C) of channels-last (R, C, S, S), which has them in this order; what is flat stays."""
+    return values if values.dim() == 2 else values.permute(0, 2, 3, 1).flatten(1)
 
 
 def first_layer_as_convolution(head: BoxHead) -> None:

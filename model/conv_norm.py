@@ -11,13 +11,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from model.fused_conv import fused_conv
 from model.norm import Norm, statistics
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ConvNorm(nn.Module):
-    """Convolution that keeps the size at stride 1, then norm, then ReLU; the last two where asked for."""
+    """Convolution that keeps the size at stride 1, then norm, a sum with other maps and ReLU, where asked for."""
 
     def __init__(
         self,
@@ -42,11 +43,18 @@ class ConvNorm(nn.Module):
         )
         self.norm = None if norm is None else norm(out_channels)
         self.relu = relu
+        self.fused = False
+        """Whether it runs as one operation, which wants CUDA, channels-last, no norm and no gradients."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """`plus` is added before the ReLU: the shortcut of a block."""
+        if self.fused:
+            return fused_conv(self.conv, x, plus, relu=self.relu)
         x = self.conv(x)
         if self.norm is not None:
             x = self.norm(x)
+        if plus is not None:
+            x = x.add_(plus)
         return x.relu_() if self.relu else x
 
 

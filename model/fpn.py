@@ -24,13 +24,18 @@ class FPN(nn.Module):
         self.output = nn.ModuleList(
             ConvNorm(out_channels, out_channels, kernel_size=3, norm=norm, relu=False) for _ in in_channels
         )
+        self.fused = False
+        """Whether a lateral convolution adds the coarser map itself, as a fused ConvNorm can."""
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         top_down = self.lateral[-1](features[-1])
         levels = [self.output[-1](top_down)]
         for index in range(len(features) - 2, -1, -1):
-            lateral = self.lateral[index](features[index])
-            top_down = lateral.add_(F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest"))
+            if self.fused:
+                top_down = self.lateral[index](features[index], plus=top_down)
+            else:
+                lateral = self.lateral[index](features[index])
+                top_down = lateral.add_(F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest"))
             levels.insert(0, self.output[index](top_down))
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)

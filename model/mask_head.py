@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.conv_norm import ConvNorm
+from model.fused_conv import fused_linear
 from model.norm import Norm
 
 # R regions, C channels, K outputs (classes with background, or one), S pooled side, M = 2 S mask side.
@@ -61,6 +62,8 @@ class MaskHead(nn.Module):
         )
         self.upsample = nn.ConvTranspose2d(widths[-1], channels, kernel_size=2, stride=2)
         self.mask_logits = ClassLogits(channels, 1 if classes == "agnostic" else num_classes)
+        self.fused = False
+        """As of ConvNorm."""
 
     def forward(self, region_features: Tensor, labels: Tensor) -> Tensor:
         """(R, M, M) the logit of each cell's belonging to the region's own class."""
@@ -82,7 +85,11 @@ class MaskHead(nn.Module):
         up = self.upsample
         weight = up.weight.permute(2, 3, 1, 0).reshape(4 * up.out_channels, up.in_channels)  # (2 2 C, C)
         assert up.bias is not None
-        x = nn.functional.linear(x, weight, up.bias.repeat(4)).relu_()  # (R, S, S, 2 2 C)
+        bias = up.bias.repeat(4)
+        if self.fused:
+            x = fused_linear(x.flatten(0, 2), weight, bias).view(*x.shape[:3], -1)  # (R, S, S, 2 2 C)
+        else:
+            x = nn.functional.linear(x, weight, bias).relu_()  # (R, S, S, 2 2 C)
         logits: Tensor = self.mask_logits(
             x.reshape(num_regions, side * side * 4, up.out_channels), labels
         )  # (R, S S 2 2) or (R, S S 2 2, K)

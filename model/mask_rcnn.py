@@ -7,7 +7,6 @@ filled. Boxes, anchors and scores are float32 whatever the precision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,17 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import boxes as box_math
-from model import transform
+from model import raw_detections, transform
 from model.anchors import anchors_of, cell_strides
 from model.box_head import Chosen, choose
+from model.captured import CapturedDetector, can_capture
 from model.config import ModelConfig
 from model.keypoints import decode_heatmaps
 from model.network import Network, Precision, ready_to_run
 from model.pooling import image_of_place, pool_regions
+from model.raw_detections import RawDetections
 from model.recipe import Recipe
-from model.rle import encode_detections
 from model.rpn import Proposals, propose
-from model.structures import Detections, ImageSize, Rle
+from model.structures import Detections, ImageSize
 
 # N images, P proposals and D detections of an image, M mask side, K keypoints.
 
@@ -34,26 +34,6 @@ Boxes = NDArray[np.float32]
 
 RES5_REGIONS = 128
 """Regions that res5 runs on at once: 2,048 × 14 × 14 values each at its widest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawDetections:
-    """What the device hands over for one batch; D places an image, best first, the empty ones zero."""
-
-    sizes: list[ImageSize]
-    """Of the N images as they were given."""
-    boxes: Tensor
-    """(N, D, 4) float32 in the image's frame."""
-    scores: Tensor
-    """(N, D) float32."""
-    labels: Tensor
-    """(N, D) class indices."""
-    valid: Tensor
-    """(N, D) whether the place is filled."""
-    mask_logits: Tensor | None
-    """(N, D, M, M) float32 of the detection's own class; None without a mask head."""
-    keypoints: Tensor | None
-    """(N, D, K, 3) float32 x, y in the image's frame and score; None without a keypoint head."""
 
 
 class MaskRCNN:
@@ -92,6 +72,11 @@ class MaskRCNN:
         self.running = ready_to_run(network, self.device, precision, exact=self.exact)
         """The copy that runs."""
         self._cells = [cell.to(self.device) for cell in anchors_of(config, recipe)]
+        self._captured: CapturedDetector | None = None
+        if can_capture(self.running, config, recipe):
+            self._captured = CapturedDetector(self.running, self._cells, config=config, recipe=recipe)
+        self.num_repeated = 0
+        """Batches that were detected again because fixed shapes did not hold all that might matter."""
 
     def predict(
         self,
@@ -106,10 +91,15 @@ class MaskRCNN:
         """
         transform.check_images(images)
         found: dict[int, Detections] = {}
+        started: tuple[list[int], RawDetections] | None = None
         for indices in self._batches([_size_of(image) for image in images]):
             given = None if proposals is None else [proposals[index] for index in indices]
             raw = self.detect([images[index] for index in indices], score_threshold, proposals=given)
-            found.update(zip(indices, self.encode(raw), strict=True))
+            if started is not None:  # encoded while the device has the next batch
+                found.update(zip(started[0], self.encode(started[1]), strict=True))
+            started = indices, raw
+        if started is not None:
+            found.update(zip(started[0], self.encode(started[1]), strict=True))
         return [found[index] for index in range(len(images))]
 
     def padded_size(self, size: ImageSize) -> ImageSize:
@@ -126,9 +116,19 @@ class MaskRCNN:
         *,
         proposals: Sequence[Boxes] | None = None,
     ) -> RawDetections:
-        """The device's work for one batch of images that share their padded size."""
+        """The device's work for one batch of images that share their padded size; `encode` waits for it."""
         transform.check_images(images)
         threshold = self._threshold(score_threshold)
+        if self._captured is not None and proposals is None:
+            sizes = [_size_of(image) for image in images]
+            resized = [self._resized_size(size) for size in sizes]
+            return self._captured.detect(images, resized, self._common_padded_size(sizes), threshold)
+        return self._detect(images, threshold, proposals=proposals)
+
+    def _detect(
+        self, images: Sequence[Pixels], threshold: float, *, proposals: Sequence[Boxes] | None = None
+    ) -> RawDetections:
+        """In shapes that hang on the data."""
         sizes = [_size_of(image) for image in images]
         padded = self._common_padded_size(sizes)
         resized = [self._resized_size(size) for size in sizes]
@@ -159,31 +159,11 @@ class MaskRCNN:
     @torch.inference_mode()
     def encode(self, raw: RawDetections, score_threshold: float = 0.0) -> list[Detections]:
         """The CPU's work for one batch: masks laid over the image and run-length encoded."""
-        return [self._encode_image(raw, index, score_threshold) for index in range(len(raw.sizes))]
-
-    def _encode_image(self, raw: RawDetections, index: int, score_threshold: float) -> Detections:
-        kept = raw.valid[index] & (raw.scores[index] > score_threshold)
-        boxes, labels = raw.boxes[index, kept], raw.labels[index, kept].tolist()
-        masks: list[Rle] = []
-        areas = np.zeros(len(labels), dtype=np.int64)
-        if raw.mask_logits is not None:
-            masks, areas = encode_detections(
-                raw.mask_logits[index, kept],
-                boxes,
-                raw.sizes[index],
-                threshold=self.recipe.mask_threshold,
-                paste=self.recipe.paste,
-            )
-        return Detections(
-            size=raw.sizes[index],
-            boxes=boxes.numpy(),
-            scores=raw.scores[index, kept].numpy(),
-            category_ids=np.array(labels, dtype=np.int64),
-            categories=[self.categories[label] for label in labels],
-            masks=masks,
-            areas=areas,
-            keypoints=None if raw.keypoints is None else raw.keypoints[index, kept].numpy(),
-        )
+        pending = raw.pending
+        if pending is not None and not pending.is_certain():
+            self.num_repeated += 1
+            raw = self._detect(pending.images, pending.score_threshold)
+        return raw_detections.encode(raw, score_threshold, recipe=self.recipe, categories=self.categories)
 
     def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals | None:
         rpn = self.running.rpn

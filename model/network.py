@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from model.box_head import BoxHead, first_layer_as_convolution
 from model.config import ModelConfig
-from model.conv_norm import folded
+from model.conv_norm import ConvNorm, folded
 from model.fpn import FPN
 from model.keypoint_head import KeypointHead
 from model.mask_head import MaskHead, MLPMaskHead
 from model.norm import Norm, norm_of
 from model.recipe import Recipe
-from model.resnet import ARCHITECTURES, ResNet
+from model.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
 from model.rpn import RPNHead
 
 Precision = Literal["fp32", "bf16"]
@@ -148,7 +149,35 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
         outputs = copy.deepcopy((running.box_head.class_logits, running.box_head.deltas))
         running.to(torch.bfloat16)
         running.box_head.class_logits, running.box_head.deltas = outputs
+    if device.type == "cuda" and not exact and importlib.util.find_spec("triton") is not None:
+        _fuse(running)
     return running.requires_grad_(False).to(device)
+
+
+def _fuse(network: Network) -> None:
+    """Let what has no norm of its own left run as one operation with what follows it."""
+    for part in network.modules():
+        if isinstance(part, ConvNorm):
+            part.fused = part.norm is None
+        elif isinstance(part, BasicBlock | Bottleneck):
+            _move_shortcut_bias(part)
+        elif isinstance(part, ResNet):
+            part.fused = part.stem.norm is None
+        elif isinstance(part, FPN):
+            part.fused = all(isinstance(one, ConvNorm) and one.norm is None for one in part.lateral)
+        elif isinstance(part, RPNHead | BoxHead | MaskHead):
+            part.fused = True
+
+
+def _move_shortcut_bias(block: BasicBlock | Bottleneck) -> None:
+    """Shortcut and last convolution are added up: one bias is enough, and that of the last costs nothing."""
+    last = block.conv2 if isinstance(block, BasicBlock) else block.conv3
+    shortcut = block.shortcut
+    if shortcut is not None and shortcut.norm is None and last.norm is None:
+        assert last.conv.bias is not None
+        assert shortcut.conv.bias is not None
+        last.conv.bias = nn.Parameter((last.conv.bias.float() + shortcut.conv.bias.float()).to(last.conv.bias.dtype))
+        shortcut.conv.bias = None
 
 
 def _check_run(device: torch.device, precision: Precision, *, exact: bool) -> None:

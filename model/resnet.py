@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model.config import Body
 from model.conv_norm import ConvNorm
+from model.fused_conv import fused_stem
 from model.norm import Norm
 
 # N images, C channels, H × W the padded input.
@@ -27,12 +28,12 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = ConvNorm(in_channels, channels, kernel_size=3, stride=stride, norm=norm)
-        self.conv2 = ConvNorm(channels, channels, kernel_size=3, norm=norm, relu=False)
+        self.conv2 = ConvNorm(channels, channels, kernel_size=3, norm=norm)
         self.shortcut = _shortcut(in_channels, channels, stride=stride, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv2(self.conv1(x)).add_(shortcut).relu_()  # type: ignore[no-any-return]
+        return self.conv2(self.conv1(x), plus=shortcut)  # type: ignore[no-any-return]
 
 
 class Bottleneck(nn.Module):
@@ -53,12 +54,12 @@ class Bottleneck(nn.Module):
         first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
         self.conv1 = ConvNorm(in_channels, width, kernel_size=1, stride=first, norm=norm)
         self.conv2 = ConvNorm(width, width, kernel_size=3, stride=second, groups=groups, norm=norm)
-        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm, relu=False)
+        self.conv3 = ConvNorm(width, out_channels, kernel_size=1, norm=norm)
         self.shortcut = _shortcut(in_channels, out_channels, stride=stride, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3(self.conv2(self.conv1(x))).add_(shortcut).relu_()  # type: ignore[no-any-return]
+        return self.conv3(self.conv2(self.conv1(x)), plus=shortcut)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +134,14 @@ class ResNet(nn.Module):
             self.add_module(name, architecture.stage(index, stride_in=stride_in, norm=norm))
         self.out_channels = architecture.out_channels[:num_stages]
         """Of C2 and on."""
+        self.fused = False
+        """As of ConvNorm."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        x = F.max_pool2d(self.stem(images), kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
+        if self.fused and images.shape[2] % 2 == images.shape[3] % 2 == 0:
+            x = fused_stem(self.stem.conv, images)  # (N, 64, H/4, W/4)
+        else:
+            x = F.max_pool2d(self.stem(images), kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
         features = []
         for name in self.stage_names:
             x = self.get_submodule(name)(x)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model import boxes as box_math
 from model.anchors import anchors_at
 from model.conv_norm import ConvNorm
+from model.fused_conv import pointwise_in_float32
 from model.nms import segment_nms
 from model.recipe import Recipe
 from model.structures import ImageSize
@@ -29,9 +30,14 @@ class RPNHead(nn.Module):
         self.convs = nn.Sequential(*(ConvNorm(in_channels, in_channels, kernel_size=3) for _ in range(num_convs)))
         self.objectness = nn.Conv2d(in_channels, anchors_per_cell, kernel_size=1)
         self.deltas = nn.Conv2d(in_channels, anchors_per_cell * 4, kernel_size=1)
+        self.fused = False
+        """As of ConvNorm."""
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(level)
+        if self.fused:
+            outputs = pointwise_in_float32([self.objectness, self.deltas], x)
+            return outputs[0].flatten(1), outputs[1].reshape(len(x), -1, 4)
         objectness = self.objectness(x).permute(0, 2, 3, 1).flatten(1)  # (N, H W A)
         deltas = self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4)  # (N, H W A, 4)
         return objectness.float(), deltas.float()

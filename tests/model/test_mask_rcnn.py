@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 import model
+from jobs.torchvision_peer import predict, torchvision_network
 from model import Detections, ImageSize, MaskRCNN
 from model.rle import decode
 from tests.model.conftest import coco_paths, drawn_image, read_image
 from tests.reference.parity import Difference, compare
-from tests.reference.torchvision_networks import predict, torchvision_network
 
 FEW = 10
 """Detections in an image of some 20,000 pixels that are enough to compare; photographs have more than drawn ones."""

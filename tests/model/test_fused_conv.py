@@ -1,0 +1,69 @@
+"""The forms that CUDA runs against the layers they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.fused_conv import fused_conv, fused_linear, fused_stem, linear_in_float32, stem_on_cells
+
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (32, 64), (6, 10)])
+def test_the_stem_on_cells_is_the_stem(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, kernel_size=7, stride=2, padding=3).double()
+    images = torch.randn(2, 3, height, width, dtype=torch.float64)
+    cells, weight = stem_on_cells(conv, images)
+    found = F.conv2d(cells, weight, conv.bias, padding=2)[:, :, :-1, :-1]
+    torch.testing.assert_close(found, conv(images))
+
+
+def test_products_outside_bfloat16_are_linear_layers() -> None:
+    x, layer = torch.randn(5, 7), nn.Linear(7, 3)
+    assert torch.equal(linear_in_float32(x, layer.weight, layer.bias), layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("with_sum", [True, False])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_a_fused_convolution_is_its_parts(relu: bool, with_sum: bool, kernel_size: int, stride: int) -> None:
+    torch.manual_seed(0)
+    conv = (
+        nn.Conv2d(16, 24, kernel_size, stride=stride, padding=kernel_size // 2).cuda().to(memory_format=CHANNELS_LAST)
+    )
+    x = torch.randn(2, 16, 9, 14, device="cuda").to(memory_format=CHANNELS_LAST)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = conv(x)
+        plus = torch.randn_like(expected) if with_sum else None
+        expected = expected if plus is None else expected + plus
+        # what a freed map leaves must not come through: cuDNN is given the output as a summand times zero
+        torch.full_like(expected, float("nan"))
+        found = fused_conv(conv, x, plus, relu=relu)
+    torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_fused_linear_layers_and_stem_are_their_parts() -> None:
+    torch.manual_seed(0)
+    layer, conv = nn.Linear(40, 24).cuda(), nn.Conv2d(3, 64, 7, stride=2, padding=3).cuda()
+    x, images = torch.randn(33, 40, device="cuda"), torch.randn(2, 3, 64, 96, device="cuda")
+    images = images.to(memory_format=CHANNELS_LAST)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        torch.testing.assert_close(fused_linear(x, layer.weight, layer.bias), layer(x).relu(), rtol=1e-4, atol=1e-5)
+        expected = F.max_pool2d(conv(images).relu(), kernel_size=3, stride=2, padding=1)
+        torch.testing.assert_close(fused_stem(conv, images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_products_in_bfloat16_keep_sixteen_bits_of_the_weights() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 256, device="cuda").to(torch.bfloat16)
+    weight, bias = torch.randn(91, 256, device="cuda"), torch.randn(91, device="cuda")
+    exact = x.double() @ weight.double().t() + bias.double()
+    error = (linear_in_float32(x, weight, bias) - exact).norm() / exact.norm()
+    assert error < 2e-5
