@@ -5,6 +5,8 @@
 - ``pipeline_vs_best_ray_data``: the same against the fastest Ray Data pipeline we could write: ``read_binary_files``,
   torchvision's decoder in ``map_batches``.
 - ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
+- ``model_vs_torchvision``: pixels in memory to run lengths, of the same images with the same weights, against
+  torchvision's network in float32; its other forms and ours are rows beside it.
 - ``train_vs_bare_step``: the loop of ``maskline train`` against its forward, backward and step alone, over batches in
   memory; ``train_vs_torchvision``: against torchvision's network of the same shape with its losses, in our loop.
 
@@ -24,18 +26,27 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import ray
 import torch
 import torchvision
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 import model
 from jobs import bare_loop_peer, bare_training_peer, ray_data_peer, torchvision_training_peer
 from jobs.command import run
+from jobs.model_benchmark import (
+    ModelBenchmark,
+    ModelRow,
+    TorchvisionForm,
+    measure_model,
+    model_ratios,
+    model_table,
+)
 from jobs.segment import SegmentConfig, segment
 from jobs.starting_network import ModelName
 from jobs.train import train
@@ -49,7 +60,7 @@ from pipeline.scenes import draw_scene, write_archive
 from pipeline.training_log import History
 from pipeline.workers import ACTOR_ENVIRONMENT
 
-Part = Literal["pipeline", "end_to_end", "train"]
+Part = Literal["model", "pipeline", "end_to_end", "train"]
 
 PIPELINE_SHARD, MODEL_SHARD = 500, 10
 """Images in a shard, so that each run has several."""
@@ -65,14 +76,20 @@ DRAWN_IMAGES = 100
 class BenchmarkConfig:
     """Measure maskline against named peers in one run."""
 
-    parts: tuple[Part, ...] = ("pipeline", "end_to_end", "train")
+    parts: tuple[Part, ...] = ("model", "pipeline", "end_to_end", "train")
     """What to measure."""
     images: str | None = None
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
     num_images: int = 5_000
     """For the pipeline part: the folder's images are copied under new names until there are so many."""
     num_model_images: int = 40
-    """For the end to end part."""
+    """For the parts with a model: end to end, and the model itself."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """For the model part; by default 16 on cuda and 1 on a CPU."""
+    min_size: int = 800
+    """For the model part: the short side of its input, pixels."""
+    model_peers: tuple[TorchvisionForm, ...] = ("eager", "bf16", "compiled")
+    """For the model part: the forms of torchvision's network."""
     train_steps: int = 24
     """For the train part, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
@@ -80,7 +97,7 @@ class BenchmarkConfig:
     weights: str | None = None
     """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """For the end to end part."""
+    """For the parts with a model."""
     repeats: int = 3
     """Of each measurement; the median counts."""
     json: bool = False
@@ -278,14 +295,19 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
 
 def main(config: BenchmarkConfig) -> None:
     """The command: measure, and print rates and ratios."""
-    cluster.connect(None)
+    if set(config.parts) - {"model"}:
+        cluster.connect(None)
     rows: list[Row] = []
+    model_rows: list[ModelRow] = []
     with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
         work = Path(name)
+        if "model" in config.parts:
+            model_rows = measure_model(_model_setting(config, work), bare_loop_peer.read_pixels)
         if "train" in config.parts:
             rows += measure_training(config, work)
-        first = copy_images(config.images, work / "first", 1) / "000000.jpg"
-        weights = _weights(config, work, first)
+        weights = work
+        if {"pipeline", "end_to_end"} & set(config.parts):
+            weights = _weights(config, work, copy_images(config.images, work / "first", 1) / "000000.jpg")
         if "pipeline" in config.parts:
             folder = copy_images(config.images, work / "many", config.num_images)
             (work / "warm").mkdir()
@@ -294,7 +316,20 @@ def main(config: BenchmarkConfig) -> None:
         if "end_to_end" in config.parts:
             folder = copy_images(config.images, work / "few", config.num_model_images)
             rows += measure_end_to_end(config, folder, work, weights)
-    _print(rows, config)
+    _print(rows, model_rows, config)
+
+
+def _model_setting(config: BenchmarkConfig, work: Path) -> ModelBenchmark:
+    device = cluster.choose_device(config.device, None)
+    folder = copy_images(config.images, work / "model", config.num_model_images)
+    return ModelBenchmark(
+        paths=sorted(folder.iterdir()),
+        device=torch.device(device),
+        batch_size=config.batch_size or (16 if device == "cuda" else 1),
+        repeats=config.repeats,
+        forms=config.model_peers,
+        min_size=config.min_size,
+    )
 
 
 def _weights(config: BenchmarkConfig, work: Path, image: Path) -> Path:
@@ -305,19 +340,25 @@ def _weights(config: BenchmarkConfig, work: Path, image: Path) -> Path:
     return path
 
 
-def _print(rows: list[Row], config: BenchmarkConfig) -> None:
+def _print(rows: list[Row], model_rows: list[ModelRow], config: BenchmarkConfig) -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, ray {ray.__version__}"
     table = Table("part", "system", "images", "images/s (median)", "repeats", caption=f"{machine}; {versions}")
     for row in rows:
         repeats = " ".join(f"{row.images / seconds:.1f}" for seconds in row.seconds)
         table.add_row(row.part, row.system, str(row.images), f"{row.images_per_second:.2f}", repeats)
-    Console().print(table)
-    ratios = _ratios(rows)
+    if rows:
+        Console().print(table)
+    if model_rows:
+        Console().print(model_table(model_rows))
+    ratios = _ratios(rows) | model_ratios(model_rows)
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
     if config.json:
         details = [{**vars(row), "images_per_second": row.images_per_second} for row in rows]
+        details += [row.to_json() for row in model_rows]
         print(json.dumps({**ratios, "rows": details, "machine": machine, "versions": versions}))
 
 

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 import model
+from jobs.torchvision_peer import torchvision_network
 from model import R18_FPN, ModelConfig, Recipe
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
@@ -25,7 +26,6 @@ from model.structures import ImageSize
 from model.torchvision_weights import torchvision_name
 from model.training import TrainingForward
 from tests.model.conftest import coco_paths, drawn_image, read_image
-from tests.reference.torchvision_networks import torchvision_network
 
 MIN_SIZE, MAX_SIZE = 160, 256
 

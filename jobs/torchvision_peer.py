@@ -1,4 +1,7 @@
-"""torchvision's own Mask R-CNNs with seeded random weights under which every image has detections."""
+"""The peer of ``maskline benchmark``'s model part, and what tests agree with: torchvision's own networks.
+
+Their seeded random weights are spread so that every image has detections.
+"""
 
 from __future__ import annotations
 
