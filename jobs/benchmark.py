@@ -82,14 +82,14 @@ class BenchmarkConfig:
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
     num_images: int = 5_000
     """For the pipeline part: the folder's images are copied under new names until there are so many."""
-    num_model_images: int = 40
+    num_model_images: int = 12
     """For the parts with a model: end to end, and the model itself."""
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """For the model part; by default 16 on cuda and 1 on a CPU."""
     min_size: int = 800
     """For the model part: the short side of its input, pixels."""
-    model_peers: tuple[TorchvisionForm, ...] = ("eager", "bf16", "compiled")
-    """For the model part: the forms of torchvision's network."""
+    model_peers: tuple[TorchvisionForm, ...] = ("eager", "bf16")
+    """For the model part: the forms of torchvision's network; compiling it takes minutes."""
     train_steps: int = 24
     """For the train part, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
@@ -305,17 +305,14 @@ def main(config: BenchmarkConfig) -> None:
             model_rows = measure_model(_model_setting(config, work), bare_loop_peer.read_pixels)
         if "train" in config.parts:
             rows += measure_training(config, work)
-        weights = work
-        if {"pipeline", "end_to_end"} & set(config.parts):
-            weights = _weights(config, work, copy_images(config.images, work / "first", 1) / "000000.jpg")
         if "pipeline" in config.parts:
             folder = copy_images(config.images, work / "many", config.num_images)
             (work / "warm").mkdir()
             ray_data_peer.warm_up(folder, work / "warm")
-            rows += measure_pipeline(folder, work, weights, config.repeats)
+            rows += measure_pipeline(folder, work, _weights(config, work), config.repeats)
         if "end_to_end" in config.parts:
             folder = copy_images(config.images, work / "few", config.num_model_images)
-            rows += measure_end_to_end(config, folder, work, weights)
+            rows += measure_end_to_end(config, folder, work, _weights(config, work))
     _print(rows, model_rows, config)
 
 
@@ -332,11 +329,12 @@ def _model_setting(config: BenchmarkConfig, work: Path) -> ModelBenchmark:
     )
 
 
-def _weights(config: BenchmarkConfig, work: Path, image: Path) -> Path:
-    if config.weights is not None:
-        return Path(config.weights)
-    path = work / "random-R50-FPN.safetensors"
-    model.save(model.random_network(model.R50_FPN(), seed=0, image=bare_loop_peer.read_pixels(image)), path)
+def _weights(config: BenchmarkConfig, work: Path) -> Path:
+    """Those asked for, or random ones, made once."""
+    path = work / "random-R50-FPN.safetensors" if config.weights is None else Path(config.weights)
+    if config.weights is None and not path.exists():
+        image = copy_images(config.images, work / "first", 1) / "000000.jpg"
+        model.save(model.random_network(model.R50_FPN(), seed=0, image=bare_loop_peer.read_pixels(image)), path)
     return path
 
 

@@ -63,7 +63,7 @@ class ModelRow:
     peak_bytes: int
     """Of device memory; 0 on a CPU."""
     syncs: float | None
-    """Times a batch that the host waited for the device; None where that cannot be counted."""
+    """Times a batch that the host waited for the device, but for events; None where that cannot be counted."""
     tflops: float
     """Achieved, counting what the network of 1,000 proposals and so many detections must compute."""
 
@@ -106,7 +106,8 @@ def measure_model(setting: ModelBenchmark, read: Callable[[Path], Pixels]) -> li
             systems["torchvision, compiled"] = _torchvision(_compiled(theirs), setting.device)
         systems |= {system: _of_net(net, threshold) for system, net in nets.items()}
         rows += _measure(systems, batches, setting, name, work[name])
-        threshold = _threshold_of_few(systems[REFERENCE](batches[:1]), setting.batch_size)
+        if name == "many":
+            threshold = _threshold_of_few(systems[REFERENCE](batches[:1]), setting.batch_size)
     return rows
 
 
@@ -258,7 +259,7 @@ def _syncs(predict: Predict, batches: Batches) -> float:
         torch.cuda.set_sync_debug_mode("warn")
         predict(batches)
         torch.cuda.set_sync_debug_mode("default")
-    return float(sum("synchroniz" in str(warning.message) for warning in caught))
+    return float(sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught))
 
 
 def model_ratios(rows: Sequence[ModelRow]) -> dict[str, float]:

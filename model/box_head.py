@@ -62,7 +62,7 @@ class BoxHead(nn.Module):
             class_logits, deltas = (
                 linear_in_float32(x, layer.weight, layer.bias) for layer in (self.class_logits, self.deltas)
             )
-            return class_logits, deltas.view(len(x), -1, 4)
+            return class_logits, deltas.view(*class_logits.shape, 4)
         x = x.to(self.class_logits.weight.dtype)
         return self.class_logits(x), self.deltas(x).view(len(x), self.class_logits.out_features, 4)  # (R, K), (R, K, 4)
 

@@ -8,9 +8,10 @@ The host starts a batch and is free to start the next: it waits for nothing but 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +40,10 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes that are captured; a batch is filled up with empty images to the next."""
 
 
+_CAPTURING = threading.Lock()
+"""Of the process: two captures at once would take up each other's work."""
+
+
 def can_capture(network: Network, config: ModelConfig, recipe: Recipe) -> bool:
     """Whether the network is of the kind whose every step has fixed shapes, and runs where it can be captured."""
     return (
@@ -49,6 +54,24 @@ def can_capture(network: Network, config: ModelConfig, recipe: Recipe) -> bool:
     )
 
 
+class _HostInputs(NamedTuple):
+    """What comes from the host for one batch."""
+
+    num_places: int
+    """N."""
+    padded: ImageSize
+    pixels: Tensor
+    """(B,) uint8, images end to end."""
+    offsets: Tensor
+    """(N,) where each begins."""
+    image_sizes: Tensor
+    """(N, 2) float32."""
+    resized_sizes: Tensor
+    """(N, 2) float32."""
+    score_threshold: Tensor
+    """() float32."""
+
+
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: FixedInputs
@@ -56,7 +79,7 @@ class _Graph(NamedTuple):
 
 
 class CapturedDetector:
-    """One network's graphs. It belongs to the thread that calls it."""
+    """One network's graphs, for one batch at a time."""
 
     def __init__(self, network: Network, cells: Sequence[Tensor], *, config: ModelConfig, recipe: Recipe) -> None:
         from model.kernels.input_pixels import Staging
@@ -70,6 +93,8 @@ class CapturedDetector:
         self._staging = [Staging(STAGED_BYTES, self.device), Staging(STAGED_BYTES, self.device)]
         self._pool: Any = None
         self._graphs: OrderedDict[tuple[int, ImageSize], _Graph] = OrderedDict()
+        self._seen: set[tuple[int, ImageSize]] = set()
+        self._lock = threading.Lock()
 
     def detect(
         self,
@@ -79,64 +104,85 @@ class CapturedDetector:
         score_threshold: float,
     ) -> RawDetections:
         """Start a batch of images of one padded size."""
-        from model.kernels.input_pixels import lay_out
-
-        sizes = [ImageSize(*image.shape[:2]) for image in images]
-        num_places = next((size for size in BATCH_SIZES if size >= len(images)), len(images))
-        num_empty = num_places - len(images)
-        filled = [*images, *[np.zeros((1, 1, 3), np.uint8)] * num_empty]
-        graph = self._graph(num_places, padded)
-        self._staging.reverse()
-        with torch.cuda.stream(self._copies):
-            pixels, offsets = self._staging[0].send(filled)
-            image_sizes = _on_device([*sizes, *[(1, 1)] * num_empty], self.device)
-            resized_sizes = _on_device([*resized, *[(1, 1)] * num_empty], self.device)
-            threshold = _on_device(score_threshold, self.device)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(self._copies)
-            for copied in (pixels, offsets, image_sizes, resized_sizes, threshold):
-                copied.record_stream(self._stream)
-            inputs = graph.inputs
-            lay_out(pixels, offsets, image_sizes.int(), resized_sizes.int(), inputs.pixels, recipe=self.recipe)
-            inputs.image_sizes.copy_(image_sizes)
-            inputs.resized_sizes.copy_(resized_sizes)
-            inputs.score_threshold.copy_(threshold)
-            graph.graph.replay()
-            found = _to_host(graph.outputs)
+        with self._lock, torch.cuda.stream(self._stream):
+            found = _to_host(self._run(self._sent(images, resized, padded, score_threshold)))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        pending = Pending(done=done, uncertain=found.uncertain, images=images, score_threshold=score_threshold)
         return RawDetections(
-            sizes=sizes,
+            sizes=[ImageSize(*image.shape[:2]) for image in images],
             boxes=found.boxes,
             scores=found.scores,
             labels=found.labels,
             valid=found.valid,
             mask_logits=None,
             mask_texts=found.mask_texts,
-            pending=pending,
+            pending=Pending(done=done, uncertain=found.uncertain, images=images, score_threshold=score_threshold),
         )
 
-    def _graph(self, num_images: int, padded: ImageSize) -> _Graph:
-        """The graph of this shape, captured when it is first wanted."""
-        key = (num_images, padded)
-        if key not in self._graphs:
-            while len(self._graphs) >= MAX_GRAPHS:
-                self._graphs.popitem(last=False)
-            self._graphs[key] = self._capture(num_images, padded)
-        self._graphs.move_to_end(key)
-        return self._graphs[key]
+    def _sent(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        resized: Sequence[ImageSize],
+        padded: ImageSize,
+        score_threshold: float,
+    ) -> _HostInputs:
+        """On their way to the device while it works on the batch before; filled up with images of one pixel."""
+        num_places = next((size for size in BATCH_SIZES if size >= len(images)), len(images))
+        num_empty = num_places - len(images)
+        sizes = [image.shape[:2] for image in images] + [(1, 1)] * num_empty
+        self._staging.reverse()
+        with torch.cuda.stream(self._copies):
+            pixels, offsets = self._staging[0].send([*images, *[np.zeros((1, 1, 3), np.uint8)] * num_empty])
+            sent = _HostInputs(
+                num_places,
+                padded,
+                pixels,
+                offsets,
+                _on_device(sizes, self.device),
+                _on_device([*resized, *[(1, 1)] * num_empty], self.device),
+                _on_device(score_threshold, self.device),
+            )
+        self._stream.wait_stream(self._copies)
+        for values in sent[2:]:
+            values.record_stream(self._stream)
+        return sent
 
-    def _capture(self, num_images: int, padded: ImageSize) -> _Graph:
-        shape = (num_images, 3, *padded)
-        inputs = FixedInputs(
-            torch.zeros(shape, dtype=self._dtype, device=self.device).to(memory_format=torch.channels_last),
-            torch.ones(num_images, 2, device=self.device),
-            torch.ones(num_images, 2, device=self.device),
-            torch.zeros((), device=self.device),
-        )
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream), _fastest_kernels():
+    def _run(self, inputs: _HostInputs) -> FixedOutputs:
+        """What the device will find, on the stream; captured where the shape has been seen before."""
+        key = inputs.num_places, inputs.padded
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        elif key in self._seen:
+            self._graphs[key] = self._captured(*key)
+        else:  # a capture costs more than some runs, and many shapes come once
+            self._seen.add(key)
+            once = self._new_inputs(*key)
+            self._fill(once, inputs)
+            with fastest_kernels():
+                return self._forward(once)
+        graph = self._graphs[key]
+        self._fill(graph.inputs, inputs)
+        graph.graph.replay()
+        return graph.outputs
+
+    def _captured(self, num_places: int, padded: ImageSize) -> _Graph:
+        """A graph for this shape, in place of others where there is no room."""
+        while len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        try:
+            return self._capture(num_places, padded)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+            self._stream.synchronize()
+            self._graphs.clear()
+            self._pool = None
+            torch.cuda.empty_cache()
+            return self._capture(num_places, padded)
+
+    def _capture(self, num_places: int, padded: ImageSize) -> _Graph:
+        inputs = self._new_inputs(num_places, padded)
+        with _CAPTURING, fastest_kernels():
             for _ in range(WARM_UPS):
                 self._forward(inputs)
             self._stream.synchronize()
@@ -147,14 +193,40 @@ class CapturedDetector:
         self._pool = graph.pool()
         return _Graph(graph, inputs, outputs)
 
+    def _new_inputs(self, num_places: int, padded: ImageSize) -> FixedInputs:
+        options: dict[str, Any] = {"device": self.device, "dtype": self._dtype, "memory_format": torch.channels_last}
+        return FixedInputs(
+            torch.empty((num_places, 3, *padded), **options).zero_(),
+            torch.ones(num_places, 2, device=self.device),
+            torch.ones(num_places, 2, device=self.device),
+            torch.zeros((), device=self.device),
+        )
 
-def _fastest_kernels() -> AbstractContextManager[None]:
-    """cuDNN tries its kernels and takes the fastest; what else is set stays."""
-    cudnn = torch.backends.cudnn
-    flags: AbstractContextManager[None] = cudnn.flags(
-        enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=cudnn.allow_tf32
-    )
-    return flags
+    def _fill(self, inputs: FixedInputs, host: _HostInputs) -> None:
+        from model.kernels.input_pixels import lay_out
+
+        lay_out(
+            host.pixels,
+            host.offsets,
+            host.image_sizes.int(),
+            host.resized_sizes.int(),
+            inputs.pixels,
+            recipe=self.recipe,
+        )
+        inputs.image_sizes.copy_(host.image_sizes)
+        inputs.resized_sizes.copy_(host.resized_sizes)
+        inputs.score_threshold.copy_(host.score_threshold)
+
+
+@contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """cuDNN tries its kernels and takes the fastest, unless the same sums are wanted each time."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _on_device(values: Any, device: torch.device) -> Tensor:

@@ -68,7 +68,6 @@ def detect_fixed(
     after: Callable[[str], None] = nothing,
 ) -> FixedOutputs:
     """The detections; `after` is told each stage that has been started."""
-    from model.kernels.mask_runs import encode_masks
     from model.kernels.nms import sorted_nms
 
     assert network.rpn is not None
@@ -110,21 +109,28 @@ def detect_fixed(
     after("RoIAlign for masks")
     logits = network.mask_head(features, chosen.labels.flatten())  # (N D, M, M)
     after("mask head")
-    num_images = len(inputs.pixels)
+    masks, too_many = _encoded(logits.unflatten(0, chosen.valid.shape), found, inputs, recipe)
+    after("paste and run lengths")
+    return found._replace(uncertain=torch.cat([uncertain, too_many]), mask_texts=masks)
+
+
+def _encoded(logits: Tensor, found: FixedOutputs, inputs: FixedInputs, recipe: Recipe) -> tuple[MaskTexts, Tensor]:
+    """The masks of logits (N, D, M, M), and (2,) bool whether they have more runs or bytes than there is room for."""
+    from model.kernels.mask_runs import encode_masks
+
+    num_images = len(logits)
     run_capacity, text_capacity = num_images * RUNS_PER_IMAGE, num_images * TEXT_PER_IMAGE
     masks = encode_masks(
-        logits.unflatten(0, chosen.valid.shape),
+        logits,
         found.boxes,
         inputs.image_sizes,
-        chosen.valid,
+        found.valid,
         threshold=recipe.mask_threshold,
         paste=recipe.paste,
         run_capacity=run_capacity,
         text_capacity=text_capacity,
     )
-    after("paste and run lengths")
-    too_many = torch.stack([masks.needed[0] > run_capacity, masks.needed[1] > text_capacity])
-    return found._replace(uncertain=torch.cat([uncertain, too_many]), mask_texts=masks)
+    return masks, torch.stack([masks.needed[0] > run_capacity, masks.needed[1] > text_capacity])
 
 
 class _Pool:

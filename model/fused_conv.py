@@ -36,6 +36,8 @@ def fused_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``relu(x weight^T + bias)``, (R, K) of x (R, C): cuDNN adds both to a 1×1 convolution, torch to no product."""
+    if len(x) == 0:
+        return x.new_zeros(0, len(weight))
     column = x[None, :, None].permute(0, 3, 1, 2)  # (1, C, R, 1), channels-last
     y = torch.cudnn_convolution_relu(column, weight[..., None, None], bias, (1, 1), (0, 0), (1, 1), 1)
     return y[0, :, :, 0].t()

@@ -87,7 +87,7 @@ class MaskHead(nn.Module):
         assert up.bias is not None
         bias = up.bias.repeat(4)
         if self.fused:
-            x = fused_linear(x.flatten(0, 2), weight, bias).view(*x.shape[:3], -1)  # (R, S, S, 2 2 C)
+            x = fused_linear(x.flatten(0, 2), weight, bias).view(*x.shape[:3], len(weight))  # (R, S, S, 2 2 C)
         else:
             x = nn.functional.linear(x, weight, bias).relu_()  # (R, S, S, 2 2 C)
         logits: Tensor = self.mask_logits(

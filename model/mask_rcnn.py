@@ -7,6 +7,7 @@ filled. Boxes, anchors and scores are float32 whatever the precision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class MaskRCNN:
         self.categories = dict(categories)
         self.name = name
         self.sha256 = sha256
-        self.device = torch.device(device)
+        self.device = _with_index(torch.device(device))
         self.precision: Precision = precision
         self.batch_size = 16 if self.device.type == "cuda" else 1
         """Images of one padded size to give `detect` at a time. On a CPU more gain nothing: caches overflow sooner."""
@@ -129,6 +130,12 @@ class MaskRCNN:
         self, images: Sequence[Pixels], threshold: float, *, proposals: Sequence[Boxes] | None = None
     ) -> RawDetections:
         """In shapes that hang on the data."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return self._detect_here(images, threshold, proposals)
+
+    def _detect_here(
+        self, images: Sequence[Pixels], threshold: float, proposals: Sequence[Boxes] | None
+    ) -> RawDetections:
         sizes = [_size_of(image) for image in images]
         padded = self._common_padded_size(sizes)
         resized = [self._resized_size(size) for size in sizes]
@@ -162,7 +169,8 @@ class MaskRCNN:
         pending = raw.pending
         if pending is not None and not pending.is_certain():
             self.num_repeated += 1
-            raw = self._detect(pending.images, pending.score_threshold)
+            raws = [self._detect([image], pending.score_threshold) for image in pending.images]
+            return [found for one in raws for found in self.encode(one, score_threshold)]
         return raw_detections.encode(raw, score_threshold, recipe=self.recipe, categories=self.categories)
 
     def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals | None:
@@ -294,6 +302,13 @@ class MaskRCNN:
         for indices in groups.values():
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Which of several GPUs "cuda" is hangs on the thread that asks."""
+    if str(device) == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _size_of(image: Pixels) -> ImageSize:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ class Pending:
     done: torch.cuda.Event
     """Before it the tensors hold nothing."""
     uncertain: Tensor
-    """(U,) numbers that are all 0 if the fixed shapes held everything that matters."""
+    """(U,) bool, none of them set if the fixed shapes held everything that matters."""
     images: Sequence[NDArray[np.uint8]]
     score_threshold: float
 
@@ -77,22 +78,31 @@ def encode(
     raw: RawDetections, score_threshold: float, *, recipe: Recipe, categories: Mapping[int, str]
 ) -> list[Detections]:
     """The detections of each image that score above the threshold."""
+    strings = [] if raw.mask_texts is None else strings_of(raw.mask_texts)
     return [
-        _encode_image(raw, index, score_threshold, recipe=recipe, categories=categories)
+        _encode_image(raw, index, score_threshold, strings, recipe=recipe, categories=categories)
         for index in range(len(raw.sizes))
     ]
 
 
 def _encode_image(
-    raw: RawDetections, index: int, score_threshold: float, *, recipe: Recipe, categories: Mapping[int, str]
+    raw: RawDetections,
+    index: int,
+    score_threshold: float,
+    strings: Sequence[bytes],
+    *,
+    recipe: Recipe,
+    categories: Mapping[int, str],
 ) -> Detections:
+    """`strings` are those of all places of the batch, where the device has encoded them."""
     kept = raw.valid[index] & (raw.scores[index] > score_threshold)
     boxes, labels = raw.boxes[index, kept], raw.labels[index, kept].tolist()
     masks: list[Rle] = []
     areas: NDArray[np.int64] = np.zeros(len(labels), dtype=np.int64)
     if raw.mask_texts is not None:
         places = index * raw.valid.shape[1] + kept.nonzero()[:, 0]
-        masks = masks_at(raw.mask_texts, places, raw.sizes[index])
+        size = list(raw.sizes[index])
+        masks = [Rle(size=size, counts=strings[place]) for place in places.tolist()]
         areas = raw.mask_texts.areas[places].numpy()
     elif raw.mask_logits is not None:
         masks, areas = encode_detections(
@@ -110,8 +120,8 @@ def _encode_image(
     )
 
 
-def masks_at(texts: MaskTexts, places: Tensor, size: ImageSize) -> list[Rle]:
-    """The masks at these places of the batch, in rising order, which are those of one image of `size`."""
-    ends = [0, *texts.ends.tolist()]
-    text = texts.text[: ends[-1]].numpy().tobytes()
-    return [Rle(size=list(size), counts=text[ends[place] : ends[place + 1]]) for place in places.tolist()]
+def strings_of(texts: MaskTexts) -> list[bytes]:
+    """The string of each of the N D places."""
+    ends = texts.ends.tolist()
+    text = texts.text[: ends[-1] if ends else 0].numpy().tobytes()
+    return [text[begin:end] for begin, end in pairwise([0, *ends])]

@@ -25,6 +25,8 @@ def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = No
     for values in (x, coarse):
         if values is not None and not values.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"maps must be channels-last, got {tuple(values.shape)} with strides {values.stride()}")
+    if x.numel() == 0:
+        return x
     coarse_height, coarse_width = (1, 1) if coarse is None else coarse.shape[2:]
     add[triton.cdiv(x.numel(), BLOCK),](
         x,

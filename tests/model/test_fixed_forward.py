@@ -62,6 +62,10 @@ def test_fused_parts_are_their_parts(net: MaskRCNN, monkeypatch: pytest.MonkeyPa
             pairs += zip(fused.rpn(level), plain.rpn(other), strict=True)  # type: ignore[misc]
         pairs += zip(fused.box_head(regions), plain.box_head(regions.clone()), strict=True)
         pairs.append((fused.mask_head(cells, labels), plain.mask_head(cells.clone(), labels)))  # type: ignore[misc]
+        for network in (fused, plain):  # no region, no detection
+            assert network.mask_head is not None
+            assert network.mask_head(cells[:0], labels[:0]).shape == (0, 28, 28)
+            assert [len(outputs) for outputs in network.box_head(regions[:0])] == [0, 0]
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

@@ -21,7 +21,7 @@ from model import rle
 from model.kernels.mask_outline import COLUMNS
 from model.kernels.mask_runs import encode_masks
 from model.paste import PasteRule, paste_probabilities
-from model.raw_detections import MaskTexts, masks_at
+from model.raw_detections import MaskTexts, strings_of
 from model.structures import ImageSize, Rle
 from tests.model.test_rle import CERTAIN, RULES, assert_follows, random_boxes, random_logits
 from tests.reference import rle as reference
@@ -48,9 +48,13 @@ def encode(
 
 
 def masks_of(encoded: MaskTexts, sizes: list[ImageSize], kept: NDArray[np.bool_] | None = None) -> list[list[Rle]]:
-    places = torch.arange(len(encoded.ends)).view(len(sizes), -1)
-    kept = np.ones(places.shape, bool) if kept is None else kept
-    return [masks_at(encoded, places[image, kept[image]], size) for image, size in enumerate(sizes)]
+    per_image = len(encoded.ends) // len(sizes)
+    kept = np.ones((len(sizes), per_image), bool) if kept is None else kept
+    strings = strings_of(encoded)
+    return [
+        [Rle(size=list(size), counts=strings[image * per_image + place]) for place in np.flatnonzero(kept[image])]
+        for image, size in enumerate(sizes)
+    ]
 
 
 @contextmanager
@@ -262,7 +266,7 @@ def test_no_places_give_no_masks(shape: tuple[int, int]) -> None:
     encoded = encode(torch.zeros(*shape, 2, 2), torch.zeros(*shape, 4), sizes)
     assert encoded.ends.shape == encoded.areas.shape == (0,)
     assert encoded.needed.tolist() == [0, 0]
-    assert [masks_at(encoded, torch.arange(0), size) for size in sizes] == [[] for _ in sizes]
+    assert strings_of(encoded) == []
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, math.nan])
