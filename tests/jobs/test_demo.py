@@ -13,7 +13,7 @@ def test_the_demo_draws_segments_and_shows_and_the_second_run_finds_it_done(tmp_
     first = maskline(*arguments)
     assert first.returncode == 0, first.stderr
     assert "6 ok, 0 failed" in first.stdout
-    assert "random weights" in first.stdout
+    assert "weights: demo, trained on scenes like these" in first.stdout
     overlays = sorted((tmp_path / "demo" / "overlays").glob("0*.png"))
     assert len(overlays) == 3
     assert np.asarray(Image.open(overlays[0])).std() > 0

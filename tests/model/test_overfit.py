@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from model import R18_FPN, R50_C4, Detections, ImageSize, MaskRCNN, ModelConfig, Recipe
 from model.ground_truth import GroundTruth, collate
@@ -22,6 +17,7 @@ from model.losses import LossConfig
 from model.network import build_network
 from model.training import TrainingForward
 from pipeline.scenes import CATEGORIES, Scene, draw_scene
+from tests.reference.average_precision import average_precision
 
 SIZE = ImageSize(96, 128)
 STEPS = 250
@@ -81,7 +77,8 @@ def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[st
         network, config=config, recipe=RECIPE, categories=dict(enumerate(CATEGORIES, 1)), name=name, sha256=""
     )
     found = net.predict([scene.image for scene in scenes])
-    precision = _average_precision(scenes, found)
+    truth = [(scene.masks, scene.category_ids) for scene in scenes]
+    precision = average_precision(truth, found, list(CATEGORIES))
     with capsys.disabled():
         sys.stdout.write(f"\n{name}: loss {history[0]:.2f} → {np.mean(history[-10:]):.3f}, AP50 {precision:.3f}\n")
     assert np.mean(history[-10:]) < 0.1 * history[0]
@@ -129,40 +126,6 @@ def _points(mask: np.ndarray[Any, Any]) -> torch.Tensor:
     ends = [(x[index] + 0.5, y[index] + 0.5) for index in (x.argmin(), x.argmax(), y.argmin(), y.argmax())]
     x1, y1, x2, y2 = _box(mask)
     return torch.tensor([(px, py, 2) for px, py in [((x1 + x2) / 2, (y1 + y2) / 2), *ends]], dtype=torch.float32)
-
-
-def _average_precision(scenes: list[Scene], found: list[Detections]) -> float:
-    """pycocotools' AP at IoU 0.5, of masks where there are any, else of boxes."""
-    truth, results = COCO(), []
-    annotations: list[dict[str, Any]] = []
-    for image_id, (scene, detections) in enumerate(zip(scenes, found, strict=True), 1):
-        for mask, category in zip(scene.masks, scene.category_ids.tolist(), strict=True):
-            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            box = coco_mask.toBbox(rle).tolist()
-            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
-            annotations.append({**annotation, "bbox": box, "area": int(coco_mask.area(rle)), "segmentation": rle})
-        for index, (x1, y1, x2, y2) in enumerate(detections.boxes.tolist()):
-            result: dict[str, Any] = {
-                "image_id": image_id,
-                "category_id": int(detections.category_ids[index]),
-                "score": float(detections.scores[index]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-            }
-            if detections.masks:
-                result["segmentation"] = detections.masks[index]
-            results.append(result)
-    truth.dataset = {
-        "images": [{"id": index + 1, "height": SIZE.height, "width": SIZE.width} for index in range(len(scenes))],
-        "annotations": annotations,
-        "categories": [{"id": index, "name": name} for index, name in enumerate(CATEGORIES, 1)],
-    }
-    with redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(results), "segm" if found[0].masks else "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[1])
 
 
 def _keypoint_error(scenes: list[Scene], found: list[Detections]) -> float:
