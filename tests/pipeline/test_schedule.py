@@ -135,7 +135,7 @@ def test_a_frozen_actor_s_shards_go_to_another(archive: Path, tmp_path: Path) ->
         load=load_slow,
         actors=2,
         on_tick=signal_one_actor(signal.SIGSTOP),
-        stall_timeout_seconds=3.0,
+        stall_timeout_seconds=8.0,
     )
     assert result.num_retries >= 1
     assert keys_of(tmp_path / "out") == ALL_KEYS

@@ -208,6 +208,7 @@ for element in ("bf16", "fp32"):
 """
 
 
+@pytest.mark.slow  # a compiler starts anew for each
 def test_compiles_for_hopper_and_stores_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
     # where Triton interprets, it does not compile: a process of its own
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -93,6 +93,7 @@ def test_maps_in_another_order_are_refused() -> None:
         max_pool(torch.zeros(2, 3, 4, 5), (4, 5))
 
 
+@pytest.mark.slow  # a compiler starts anew for each
 @pytest.mark.parametrize("kernel", ["add", "pool"])
 def test_compiles_for_hopper(kernel: str, tmp_path: Path) -> None:
     sizes = {

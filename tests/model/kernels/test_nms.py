@@ -191,6 +191,7 @@ def test_what_does_not_fit_is_refused() -> None:
         sorted_nms(boxes, valid, math.nan)
 
 
+@pytest.mark.slow  # a compiler starts anew for each
 @pytest.mark.parametrize(("with_labels", "num_places"), [(False, 1000), (True, 4096)])
 def test_compiles_for_a_hopper(with_labels: bool, num_places: int, tmp_path: Path) -> None:
     pointers = {"boxes": "*fp32", "valid": "*i1", "labels": "*i64" if with_labels else "constexpr", "kept": "*i1"}

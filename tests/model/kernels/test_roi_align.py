@@ -300,6 +300,7 @@ for kernel, own in ((pool_rows, {"ROWS": 4}), (add_gradients, {"GROUPS": 8, "COL
 """
 
 
+@pytest.mark.slow  # a compiler starts anew for each
 @pytest.mark.parametrize(("sampling_ratio", "dtype"), [(2, "*bf16"), (0, "*fp32")])
 def test_compiles_for_hopper(sampling_ratio: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton.backends.nvidia")
