@@ -20,7 +20,7 @@ from pipeline.scenes import CATEGORIES, Scene, draw_scene
 from tests.reference.average_precision import average_precision
 
 SIZE = ImageSize(96, 128)
-STEPS, KEYPOINT_STEPS = 250, 320
+STEPS = 320
 LEARNING_RATE = 2e-3
 NUM_POINTS = 5
 
@@ -72,7 +72,7 @@ def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[st
     with torch.random.fork_rng():
         torch.manual_seed(0)
         forward = TrainingForward(network, config=config, recipe=RECIPE, losses=LOSSES)
-        history = _train(forward, scenes, num_steps=KEYPOINT_STEPS if config.num_keypoints else STEPS)
+        history = _train(forward, scenes, num_steps=STEPS)
     net = MaskRCNN(
         network, config=config, recipe=RECIPE, categories=dict(enumerate(CATEGORIES, 1)), name=name, sha256=""
     )
