@@ -79,10 +79,10 @@ def objects(image: NDArray[np.uint8], *, seed: int, count: int = 6, num_classes:
     )
 
 
-def test_losses_and_gradients_are_torchvisions() -> None:
-    # of drawn images those in which the mask head's gradients do not all but cancel
-    drawn = [drawn_image(120, 180, seed=11), drawn_image(150, 110, seed=12)]
-    images = [read_image(path) for path in coco_paths()[:2]] or drawn
+@pytest.mark.parametrize(("exact", "bound"), [(True, 1e-4), (False, 3e-4)])
+def test_losses_and_gradients_are_torchvisions(exact: bool, bound: float) -> None:
+    # Unless exact, RoIAlign sums in another order: where the mask head's gradients nearly cancel, 1.2e-4 is seen.
+    images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
     truths = [objects(image, seed=seed) for seed, image in enumerate(images)]
     theirs = torchvision_network("v1", images[0], min_size=MIN_SIZE, max_size=MAX_SIZE).requires_grad_(True)
     ours = _trainable(theirs)
@@ -96,7 +96,7 @@ def test_losses_and_gradients_are_torchvisions() -> None:
     sum(expected.values()).backward()
     config, recipe, network = ours
     forward = TrainingForward(
-        network, config=config, recipe=recipe, rpn_sampler=rpn_sampler.ours, box_sampler=box_sampler.ours
+        network, config=config, recipe=recipe, rpn_sampler=rpn_sampler.ours, box_sampler=box_sampler.ours, exact=exact
     ).train()
     found = forward(collate(images, truths, config=config, recipe=recipe))
     torch.autograd.backward(list(found.values()))
@@ -112,7 +112,7 @@ def test_losses_and_gradients_are_torchvisions() -> None:
         assert expected_gradient is not None
         assert parameter.grad is not None, name
         difference = (parameter.grad - expected_gradient).norm() / expected_gradient.norm()
-        assert difference <= 1e-4, f"{name}: {difference}"
+        assert difference <= bound, f"{name}: {difference}"
         compared += 1
     assert not gradients
     assert compared == len(list(network.parameters()))
