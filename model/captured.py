@@ -4,7 +4,7 @@ uint8 images enter; boxes, scores, labels and encoded masks leave in pinned memo
 The host starts a batch and is free to start the next: it waits for nothing but the results it wants to read.
 """
 
-# N images, D detections of an image, M mask side, C candidates.
+# N images of a batch, B bytes of their pixels.
 
 from __future__ import annotations
 
@@ -174,11 +174,12 @@ class CapturedDetector:
         except torch.OutOfMemoryError:
             if not self._graphs:
                 raise
-            self._stream.synchronize()
-            self._graphs.clear()
-            self._pool = None
-            torch.cuda.empty_cache()
-            return self._capture(num_places, padded)
+        # Not while the error is handled, whose frames hold what was allocated.
+        self._stream.synchronize()
+        self._graphs.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+        return self._capture(num_places, padded)
 
     def _capture(self, num_places: int, padded: ImageSize) -> _Graph:
         inputs = self._new_inputs(num_places, padded)
