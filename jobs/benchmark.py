@@ -55,8 +55,8 @@ from pipeline.training_log import History
 
 Part = Literal["model", "pipeline", "end_to_end", "train"]
 
-TRAINED_IMAGES, TRAINED_BATCH = 64, 8
-"""Drawn scenes trained on, and images in a step."""
+TRAINED_IMAGES = 64
+"""Drawn scenes trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class BenchmarkConfig:
     """For the train part, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
     """For the train part."""
+    train_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """For the train part; by default 16 on cuda and 8 on a CPU."""
     weights: str | None = None
     """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -95,13 +97,14 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
     """Our loop, its computation alone, and torchvision's network in our loop, turn about."""
     annotations = write_archive(work / "scenes", num_images=TRAINED_IMAGES, num_in_tar=0, seed=0)
     steps, warm = config.train_steps, bare_training_peer.WARM_STEPS
+    batch_size = config.train_batch or (16 if cluster.choose_device(config.device, None) == "cuda" else 8)
     training = TrainConfig(
         train_annotations=str(annotations),
         train_images=str(annotations.parent),
         output="",
         model=config.train_model,
-        batch_size=TRAINED_BATCH,
-        epochs=steps * TRAINED_BATCH / TRAINED_IMAGES,
+        batch_size=batch_size,
+        epochs=steps * batch_size / TRAINED_IMAGES,
         device=config.device,
         log_every=steps,
     )
@@ -123,7 +126,7 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         "torchvision": functools.partial(run_loop, torchvision_training_peer.torchvision_trainee),
     }
     seconds = take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
-    images = (steps - warm) * TRAINED_BATCH
+    images = (steps - warm) * batch_size
     return [Row(part="train", system=system, images=images, seconds=times) for system, times in seconds.items()]
 
 
