@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model
 from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee
-from model import MaskRCNN
+from model import MaskRCNN, packed_batch
 from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
 from pipeline import checkpoints
 from pipeline.coco import CocoDataset
@@ -81,7 +81,7 @@ class Training:
         self._unreadable_steps = 0
         forward = self.trainee.forward
         self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
-        self.images = TrainingImages(task.train, _loading(task, start))
+        self.images = TrainingImages(task.train, _loading(task, start, self.device))
         self.batches = load_ahead(
             self.images,
             self.images.parts(
@@ -132,12 +132,15 @@ class Training:
         )
         set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
-        for kept, buffer in zip(self._statistics, self.network.buffers(), strict=True):
-            kept.copy_(buffer)
-        losses, unreadable, loaded, waited = self._gradients()
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, list(self.network.buffers()))
+        means, loaded, waited = self._gradients()
         drop_frozen_gradients(self.network, step, self.config.optimiser)
         bound = self.config.optimiser.clip_norm or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), bound))
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), bound)
+        *numbers, share, grad_norm = torch.stack([*means.values(), norm]).tolist()  # the host waits here alone
+        losses = dict(zip(means, numbers, strict=False))
+        unreadable = round(share * self.group.size)
         if not math.isfinite(grad_norm) or not all(map(math.isfinite, losses.values())):
             parts = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
             self._stop(
@@ -178,8 +181,9 @@ class Training:
         self._last_step_ended = now
         return True
 
-    def _gradients(self) -> tuple[dict[str, float], int, list[LoadedBatch], float]:
-        """All workers' losses and number of unreadable images; this worker's batches, and the seconds it waited."""
+    def _gradients(self) -> tuple[dict[str, Tensor], list[LoadedBatch], float]:
+        """The mean over all workers of each loss and, last, of their unreadable images; this worker's batches, and the
+        seconds it waited for them."""
         sums: dict[str, Tensor] = {}
         loaded, waited = [], 0.0
         for turn in range(self.config.accumulate):
@@ -196,9 +200,10 @@ class Training:
                 total.backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():
                 sums[name] = sums.get(name, torch.zeros_like(loss)) + loss.detach() / self.config.accumulate
-        unreadable = torch.tensor(float(sum(len(batch.unreadable) for batch in loaded)), device=self.device)
-        *means, share = self.group.mean(torch.stack([*sums.values(), unreadable])).tolist()
-        return dict(zip(sums, means, strict=True)), round(share * self.group.size), loaded, waited
+        num_unreadable = sum(len(batch.unreadable) for batch in loaded)
+        sums["unreadable"] = torch.full((), num_unreadable, dtype=torch.float32, device=self.device)
+        means = self.group.mean(torch.stack(list(sums.values())))
+        return dict(zip(sums, means, strict=True)), loaded, waited
 
     def _evaluate(self, step: int) -> None:
         if self.evaluator is None:
@@ -265,7 +270,7 @@ def _kinds(start: MaskRCNN) -> list[Kind]:
     return kinds
 
 
-def _loading(task: Task, start: MaskRCNN) -> Loading:
+def _loading(task: Task, start: MaskRCNN, device: torch.device) -> Loading:
     index_of = {name: index for index, name in start.categories.items()}
     config = task.config
     return Loading(
@@ -278,6 +283,7 @@ def _loading(task: Task, start: MaskRCNN) -> Loading:
         cache_folder=config.cache_folder or str(Path(tempfile.gettempdir()) / "maskline-images"),
         cache_bytes=int(config.cache_gigabytes * 1e9),
         flip_pairs=task.train.flip_pairs,
+        packed=packed_batch.is_for(device, start.recipe),
     )
 
 

@@ -6,13 +6,14 @@ Maps enter and leave.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fused_conv import fused_conv
-from model.norm import Norm, statistics
+from model.norm import FrozenNorm, Norm, statistics
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -50,12 +51,21 @@ class ConvNorm(nn.Module):
         """`plus` is added before the ReLU: the shortcut of a block."""
         if self.fused:
             return fused_conv(self.conv, x, plus, relu=self.relu)
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
+        if isinstance(self.norm, FrozenNorm) and torch.is_autocast_enabled(x.device.type):
+            # Nothing of the norm is trained, so it goes into the weights, and a pass over the maps is saved. They are
+            # in bfloat16 in any case: the roundings need not be torchvision's.
+            scale, shift = self.norm.scale_and_shift()
+            x = F.conv2d(x, self.conv.weight * scale[:, None, None, None], shift, **_shape(self.conv))
+        else:
+            x = self.conv(x)
+            x = x if self.norm is None else self.norm(x)
         if plus is not None:
             x = x.add_(plus)
         return x.relu_() if self.relu else x
+
+
+def _shape(conv: nn.Conv2d) -> dict[str, Any]:
+    return {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
 
 
 def folded(module: _Module) -> _Module:

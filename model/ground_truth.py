@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +85,24 @@ class TrainingBatch:
         return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
 
 
+class Frames(NamedTuple):
+    """Where the images of a batch lie in its input."""
+
+    sizes: list[ImageSize]
+    """As they were given."""
+    to_sizes: list[ImageSize]
+    """What they are resized to."""
+    padded: ImageSize
+    """The input's."""
+
+    def ratios(self) -> list[Tensor]:
+        """Of each image (2,), what its height and width are multiplied by."""
+        return [
+            torch.tensor(to_size, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
+            for size, to_size in zip(self.sizes, self.to_sizes, strict=True)
+        ]
+
+
 def collate(
     images: Sequence[NDArray[np.uint8]],
     truths: Sequence[GroundTruth],
@@ -101,54 +119,78 @@ def collate(
     `padded` is the least size of the input; workers that share a batch give that of its largest image, for what is
     computed near the edge of an image changes with the padding beside it.
     """
+    device = torch.device(device)
+    frames = frames_of(images, truths, config=config, recipe=recipe, to_sizes=to_sizes, padded=padded)
+    objects = objects_of(truths, frames, config=config, seeds=seeds)
+    pixels = transform.to_input(images, frames.to_sizes, padded=frames.padded, recipe=recipe, device=device)
+    masks: list[Masks] | None = None
+    if config.mask_head != "none":
+        masks = [
+            resized(truth.masks, size, to_size)
+            for truth, size, to_size in zip(truths, frames.sizes, frames.to_sizes, strict=True)
+            if truth.masks is not None
+        ]
+    return replace(objects, pixels=pixels, masks=masks).to(device)
+
+
+def frames_of(
+    images: Sequence[NDArray[np.uint8]],
+    truths: Sequence[GroundTruth],
+    *,
+    config: ModelConfig,
+    recipe: Recipe,
+    to_sizes: Sequence[ImageSize] | None,
+    padded: ImageSize | None,
+) -> Frames:
+    """Those that `collate` lays its images into.
+
+    Raises:
+        ValueError: an image or its ground truth is not what the network is trained with.
+    """
     transform.check_images(images)
     if len(images) != len(truths) or not images:
         raise ValueError(f"a batch needs a ground truth for each image, got {len(images)} and {len(truths)}")
     _check_parts(truths, config)
-    device = torch.device(device)
     sizes = [ImageSize(*image.shape[:2]) for image in images]
     to_sizes = to_sizes or [
         transform.resized_size(size, min_size=config.min_size, max_size=config.max_size, rule=recipe.resize)
         for size in sizes
     ]
     padded = transform.common_size([*to_sizes, *([padded] if padded else [])], divisor=recipe.size_divisor)
-    if config.square:
-        padded = ImageSize(config.max_size, config.max_size)
-    ratios = [
-        torch.tensor(to_size, dtype=torch.float32) / torch.tensor(size, dtype=torch.float32)
-        for size, to_size in zip(sizes, to_sizes, strict=True)
-    ]
-    gt_boxes, gt_valid = box_math.padded(
-        [box_math.scale(truth.boxes, ratio) for truth, ratio in zip(truths, ratios, strict=True)]
+    return Frames(sizes, list(to_sizes), ImageSize(config.max_size, config.max_size) if config.square else padded)
+
+
+def objects_of(
+    truths: Sequence[GroundTruth], frames: Frames, *, config: ModelConfig, seeds: Sequence[int] | None
+) -> TrainingBatch:
+    """The batch but for its pixels and masks."""
+    ratios = frames.ratios()
+    gt_boxes, gt_valid = _placed([truth.boxes for truth in truths], ratios)
+    crowd_boxes, crowd_valid = _placed(
+        [torch.zeros(0, 4) if truth.crowd_boxes is None else truth.crowd_boxes for truth in truths], ratios
     )
-    crowds = [torch.zeros(0, 4) if truth.crowd_boxes is None else truth.crowd_boxes for truth in truths]
-    crowd_boxes, crowd_valid = box_math.padded(
-        [box_math.scale(boxes, ratio) for boxes, ratio in zip(crowds, ratios, strict=True)]
-    )
-    given: tuple[Tensor | None, Tensor | None] = (None, None)
+    proposals: tuple[Tensor | None, Tensor | None] = (None, None)
     if config.proposals == "given":
-        proposals = [truth.proposals for truth in truths if truth.proposals is not None]
-        given = box_math.padded([box_math.scale(boxes, ratio) for boxes, ratio in zip(proposals, ratios, strict=True)])
+        proposals = _placed([truth.proposals for truth in truths if truth.proposals is not None], ratios)
     return TrainingBatch(
-        pixels=transform.to_input(images, to_sizes, padded=padded, recipe=recipe, device=device),
-        image_sizes=torch.tensor(to_sizes, dtype=torch.float32),
+        pixels=torch.zeros(len(truths), 3, 0, 0),
+        image_sizes=torch.tensor(frames.to_sizes, dtype=torch.float32),
         gt_boxes=gt_boxes,
         gt_labels=pad_sequence([truth.labels for truth in truths], batch_first=True),
         gt_valid=gt_valid,
         crowd_boxes=crowd_boxes,
         crowd_valid=crowd_valid,
+        masks=None,
         seeds=None if seeds is None else list(seeds),
-        masks=None
-        if config.mask_head == "none"
-        else [
-            resized(truth.masks, size, to_size)
-            for truth, size, to_size in zip(truths, sizes, to_sizes, strict=True)
-            if truth.masks is not None
-        ],
         keypoints=_scaled_keypoints(truths, ratios) if config.num_keypoints else None,
-        proposals=given[0],
-        proposals_valid=given[1],
-    ).to(device)
+        proposals=proposals[0],
+        proposals_valid=proposals[1],
+    )
+
+
+def _placed(boxes: Sequence[Tensor], ratios: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Boxes of each image in the input's frame, as `boxes.padded` gives them."""
+    return box_math.padded([box_math.scale(one, ratio) for one, ratio in zip(boxes, ratios, strict=True)])
 
 
 def _check_parts(truths: Sequence[GroundTruth], config: ModelConfig) -> None:

@@ -110,8 +110,8 @@ def rpn_losses(
     regressed = (is_positive & chosen)[..., None]  # (N, B, 1)
     targets = _delta_targets(anchors, take(gt_boxes, matches.gt_index), regressed, delta_weights)  # (N, B, 4)
     box_loss = smooth_l1(deltas, targets, config.rpn_beta)
-    count = torch.tensor(config.rpn_samples * len(chosen), device=chosen.device)
-    num_samples = divisor(count if config.rpn_normaliser == "fixed" else chosen.sum())
+    fixed = config.rpn_normaliser == "fixed"
+    num_samples = divisor(_number(config.rpn_samples * len(chosen), chosen.device) if fixed else chosen.sum())
     return _sum(objectness_loss, chosen) / num_samples, _sum(box_loss, regressed) / num_samples
 
 
@@ -176,7 +176,7 @@ def keypoint_loss(
     if config.keypoint_normaliser == "visible":
         return loss / divisor(valid.sum())
     most = num_images * heatmaps.shape[1] * config.box_samples * config.box_positive_fraction
-    return loss / divisor(torch.tensor(most, device=heatmaps.device))
+    return loss / divisor(_number(most, heatmaps.device))
 
 
 @torch.no_grad()
@@ -187,7 +187,12 @@ def _delta_targets(boxes: Tensor, gt_boxes: Tensor, regressed: Tensor, weights: 
 
 def _num_cells(targets: Tensor, divisor: Divisor) -> Tensor:
     """Of (R, M, M), with what the divisor makes of R."""
-    return divisor(torch.tensor(len(targets), device=targets.device)) * targets.shape[1:].numel()
+    return divisor(_number(len(targets), targets.device)) * targets.shape[1:].numel()
+
+
+def _number(value: float, device: torch.device) -> Tensor:
+    """Made there, as a copy would wait for all that is under way."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _sum(losses: Tensor, counted: Tensor) -> Tensor:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from model import kernels
 from model.box_head import BoxHead, first_layer_as_convolution
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm, folded
@@ -149,7 +149,7 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
         outputs = copy.deepcopy((running.box_head.class_logits, running.box_head.deltas))
         running.to(torch.bfloat16)
         running.box_head.class_logits, running.box_head.deltas = outputs
-    if device.type == "cuda" and not exact and importlib.util.find_spec("triton") is not None:
+    if kernels.run_on(device) and not exact:
         _fuse(running)
     return running.requires_grad_(False).to(device)
 

@@ -26,10 +26,14 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, torch.full((num_channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """(C,) each."""
         weight, bias, mean, variance = statistics(self)
         scale = weight * (variance + self.eps).rsqrt()
-        shift = bias - mean * scale
-        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
+        return scale, bias - mean * scale
 
 
 def norm_of(kind: Literal["frozen", "batch", "sync", "group"], eps: float) -> Norm:

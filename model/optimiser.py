@@ -110,8 +110,9 @@ def drop_frozen_gradients(network: nn.Module, step: int, config: OptimiserConfig
 def average(into: nn.Module, network: nn.Module, *, step: int, config: OptimiserConfig) -> None:
     """One step of the exponential moving average of a network's weights and statistics, kept in a copy of it."""
     share = min(config.ema, (1 + step) / (10 + step))  # or it would be the first weights for long
-    for mean, value in zip(into.state_dict().values(), network.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - share)
-        else:
-            mean.copy_(value)
+    pairs = list(zip(into.state_dict().values(), network.state_dict().values(), strict=True))
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    means, values = zip(*averaged, strict=True)
+    torch._foreach_lerp_(means, values, 1 - share)
+    for count, value in (pair for pair in pairs if not pair[0].is_floating_point()):
+        count.copy_(value)

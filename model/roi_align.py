@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from model import kernels
 from model.boxes import full_precision
 
 CANONICAL_SCALE = 224.0
@@ -80,6 +81,19 @@ def multilevel_roi_align(
     """
     if len(features) != len(strides):
         raise ValueError(f"features and strides must be as many, got {len(features)} and {len(strides)}")
+    if kernels.run_on(features[0].device) and len(features) <= 4:
+        from model.kernels.roi_align import roi_align
+
+        return roi_align(
+            features,
+            strides,
+            boxes,
+            image_index,
+            assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])), rounding=rounding),
+            output_size=output_size,
+            sampling_ratio=sampling_ratio,
+            aligned=aligned,
+        )
     num_channels = features[0].shape[1]
     boxes = boxes.where(boxes.isfinite().all(dim=1, keepdim=True), _OUTSIDE)
     level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])), rounding=rounding)

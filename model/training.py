@@ -5,15 +5,18 @@ L = L_rpn_objectness + L_rpn_box + L_class + L_box + L_mask + L_keypoint, those 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from model import kernels
 from model.anchors import anchors_at, anchors_of, cell_strides
 from model.config import ModelConfig
+from model.fixed_shapes import propose_fixed
 from model.ground_truth import TrainingBatch
 from model.keypoint_targets import heatmap_targets
 from model.losses import (
@@ -39,7 +42,7 @@ from model.structures import ImageSize
 
 
 class _Regions(NamedTuple):
-    """What the heads are trained on."""
+    """What the heads are trained on, image after image."""
 
     boxes: Tensor
     """(R, 4)."""
@@ -87,6 +90,7 @@ class TrainingForward(nn.Module):
         self.exact = exact
         self._proposing = replace(recipe, rpn_pre_nms=losses.rpn_pre_nms, rpn_post_nms=losses.rpn_post_nms)
         self._cells = anchors_of(config, recipe)
+        """On the device of the batch before."""
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The losses by name, each a scalar; their sum is what is minimised."""
@@ -100,6 +104,10 @@ class TrainingForward(nn.Module):
             outputs = [self.network.rpn(level) for level in levels]
             proposals = self._train_rpn(outputs, levels, batch, losses)
         regions = self._sample(proposals, batch)
+        # Where the host waits for a GPU it does so here, and not once the heads are under way.
+        positive = (regions.labels > 0).nonzero()[:, 0]
+        positives = regions.only(positive)
+        num_positives = positives.image_index.bincount(minlength=len(batch.gt_boxes)).tolist()
         features = self._features(levels, regions, self.config.box_resolution)
         class_logits, deltas = self.network.box_head(features)
         gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
@@ -113,13 +121,12 @@ class TrainingForward(nn.Module):
             delta_weights=self.recipe.box_delta_weights,
             divisor=self.divisor,
         )
-        positive = regions.labels > 0
         if self.network.mask_head is not None:
             # res5 has run on these regions already; a pyramid's are pooled anew, finer
             shared = features[positive] if self.network.res5 is not None else None
-            losses["mask"] = self._mask_loss(levels, regions.only(positive), shared, batch)
+            losses["mask"] = self._mask_loss(levels, positives, num_positives, shared, batch)
         if self.network.keypoint_head is not None:
-            losses["keypoint"] = self._keypoint_loss(levels, regions.only(positive), batch)
+            losses["keypoint"] = self._keypoint_loss(levels, positives, batch)
         return losses
 
     def _train_rpn(
@@ -133,7 +140,7 @@ class TrainingForward(nn.Module):
         grids = [ImageSize(*level.shape[-2:]) for level in levels]
         strides = cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
         device = batch.pixels.device
-        cells = [cell.to(device) for cell in self._cells]
+        cells = self._cells = [cell.to(device) for cell in self._cells]
         anchors = torch.cat(
             [
                 anchors_at(
@@ -157,7 +164,7 @@ class TrainingForward(nn.Module):
             divisor=self.divisor,
         )
         with torch.no_grad():
-            return propose(
+            return _propose_on(device)(
                 outputs,
                 cells,
                 grids=grids,
@@ -201,23 +208,30 @@ class TrainingForward(nn.Module):
         )
 
     def _mask_loss(
-        self, levels: Sequence[Tensor], regions: _Regions, features: Tensor | None, batch: TrainingBatch
+        self,
+        levels: Sequence[Tensor],
+        regions: _Regions,
+        num_of_image: list[int],
+        features: Tensor | None,
+        batch: TrainingBatch,
     ) -> Tensor:
         head = self.network.mask_head
         assert head is not None
         assert batch.masks is not None
         if features is None:
             features = self._features(levels, regions, self.config.mask_resolution)
-        targets = torch.zeros(len(regions.boxes), self.config.mask_side, self.config.mask_side, device=features.device)
-        for index, masks in enumerate(batch.masks):  # each image has masks of its own form and size
-            own = regions.image_index == index
-            targets[own] = crop(
-                masks,
-                regions.gt_index[own],
-                regions.boxes[own],
-                side=self.config.mask_side,
-                target=self.losses.mask_target,
-            )
+        of_images = zip(
+            batch.masks,
+            torch.split(regions.gt_index, num_of_image),
+            torch.split(regions.boxes, num_of_image),
+            strict=True,
+        )  # each image has masks of its own form and size
+        targets = torch.cat(
+            [
+                crop(masks, gt_index, boxes, side=self.config.mask_side, target=self.losses.mask_target)
+                for masks, gt_index, boxes in of_images
+            ]
+        )
         if self.config.mask_classes == "softmax":
             return softmax_mask_loss(head.all_logits(features), regions.labels, targets, divisor=self.divisor)
         return mask_loss(head(features, regions.labels), targets, divisor=self.divisor)
@@ -247,3 +261,12 @@ class TrainingForward(nn.Module):
             exact=self.exact,
         )
         return self.network.of_regions(pooled)
+
+
+def _propose_on(device: torch.device) -> Callable[..., Proposals]:
+    """`rpn.propose`, or on a GPU what does not wait for it."""
+    if not kernels.run_on(device):
+        return propose
+    from model.kernels.nms import sorted_nms
+
+    return partial(propose_fixed, nms=sorted_nms)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model.config import ModelConfig
 from model.ground_truth import GroundTruth, TrainingBatch, collate
+from model.packed_batch import PackedBatch, pack
 from model.recipe import Recipe
 from model.structures import ImageSize
 from model.transform import common_size
@@ -45,7 +46,7 @@ class Part(NamedTuple):
 class LoadedBatch(NamedTuple):
     """A batch and where it comes from."""
 
-    batch: TrainingBatch
+    batch: TrainingBatch | PackedBatch
     file_names: list[str]
     unreadable: list[str]
     """Those that could not be decoded and why; they are in the batch as images of which nothing is learnt."""
@@ -66,6 +67,8 @@ class Loading:
     cache_folder: str
     cache_bytes: int
     flip_pairs: tuple[tuple[int, int], ...] = ()
+    packed: bool = False
+    """Whether batches leave packed, for a GPU to lay out."""
 
 
 class TrainingImages(Dataset[LoadedBatch]):
@@ -99,8 +102,9 @@ class TrainingImages(Dataset[LoadedBatch]):
 
     def __getitem__(self, part: Part) -> LoadedBatch:
         loaded = [self._load(sample) for sample in part.samples]
+        make: Callable[..., TrainingBatch | PackedBatch] = pack if self.loading.packed else collate
         return LoadedBatch(
-            collate(
+            make(
                 [pixels for pixels, _, _ in loaded],
                 [truth for _, truth, _ in loaded],
                 config=self.loading.config,

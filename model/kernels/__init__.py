@@ -1,1 +1,10 @@
 """Triton kernels: what CUDA runs in place of torch's operators, each with a slow loop it must agree with."""
+
+import importlib.util
+
+import torch
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether they are what runs there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

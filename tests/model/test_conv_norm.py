@@ -39,6 +39,26 @@ def test_folding_by_hand() -> None:
     assert (conv.weight.item(), conv.bias.item()) == (6.0, -3.0)
 
 
+def test_in_half_precision_a_frozen_norm_goes_into_weights_that_are_trained_on() -> None:
+    module = ConvNorm(6, 8, kernel_size=3, norm=norm_of("frozen", 1e-5))
+    torch.manual_seed(0)
+    assert module.norm is not None
+    for name, low, high in (("weight", -1, 2), ("bias", -1, 1), ("running_mean", -1, 1), ("running_var", 0.1, 3)):
+        module.norm.get_buffer(name).uniform_(low, high)
+    x = torch.randn(2, 6, 9, 10)
+    found = []
+    for enabled in (False, True):
+        module.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps = module(x)
+        assert maps.dtype == (torch.bfloat16 if enabled else torch.float32)
+        maps.float().square().sum().backward()
+        assert module.conv.weight.grad is not None
+        found.append((maps.detach().float(), module.conv.weight.grad.clone()))
+    for value, half in zip(*found, strict=True):
+        assert (value - half).norm() <= 0.01 * value.norm()
+
+
 def test_folding_leaves_the_original_alone() -> None:
     module = nn.Sequential(_conv_norm(1e-5))
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, ModelConfig, Recipe
+from model import R18_FPN, ModelConfig, Recipe, kernels
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -230,6 +230,32 @@ def test_half_precision_keeps_losses_in_float32_and_near() -> None:
     for name, value in near.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[name], rtol=0.2, atol=0.05)
+
+
+@pytest.mark.parametrize("_where", [pytest.param("here"), pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_kernels_give_the_same_losses_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a GPU runs, without one its kernels interpreted: proposals in fixed places, RoIAlign in one launch
+    forward = forward_of(SMALL, rpn_pre_nms=20, rpn_post_nms=10, box_samples=8)
+    truths = [objects(image, seed=seed, count=3, num_classes=4) for seed, image in enumerate(IMAGES)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    forward.to(device)
+    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
+
+    def of() -> tuple[dict[str, Tensor], list[Tensor]]:
+        forward.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = forward(batch)
+        torch.autograd.backward(list(losses.values()))
+        return losses, [parameter.grad for parameter in forward.parameters() if parameter.grad is not None]
+
+    monkeypatch.setattr(kernels, "run_on", lambda device: False)
+    expected, expected_gradients = of()
+    monkeypatch.setattr(kernels, "run_on", lambda device: True)
+    found, gradients = of()
+    assert list(found) == list(expected)
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=1e-7)
+    for mine, theirs in zip(gradients, expected_gradients, strict=True):
+        assert (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7
 
 
 def test_ground_truth_that_does_not_fit_is_refused() -> None:

@@ -88,11 +88,15 @@ def parts(
     return list(itertools.islice(stream, count))
 
 
+def laid_out(loaded: LoadedBatch) -> TrainingBatch:
+    return loaded.batch.to(torch.device("cpu"))
+
+
 def by_image(batches: list[LoadedBatch]) -> list[dict[str, Any]]:
     """What the batches hold of each image, without the places that other images of its batch have left empty."""
     found = []
     for loaded in batches:
-        batch = loaded.batch
+        batch = laid_out(loaded)
         assert batch.seeds is not None
         assert batch.masks is not None
         found += [
@@ -133,7 +137,7 @@ def test_batches_of_two_workers_together_are_those_of_one(dataset: CocoDataset, 
     together = [images[part] for step in zip(*halves, strict=True) for part in step]
     assert [len(loaded.file_names) for loaded in together] == [2] * 10
     assert_same(together, whole)  # of the same padding, as whole inputs are compared
-    assert sum(int(loaded.batch.gt_valid.sum()) for loaded in whole) > 50
+    assert sum(int(laid_out(loaded).gt_valid.sum()) for loaded in whole) > 50
     seeds = [one["seed"] for one in by_image(whole)]
     assert len(set(seeds)) == 20
 
@@ -210,8 +214,8 @@ def test_an_image_is_changed_otherwise_in_another_epoch_and_by_another_seed(
     first, epoch, seed = images[part], images[later], other_seed[part]
     for other in (epoch, seed):
         assert other.file_names == first.file_names
-        assert other.batch.seeds != first.batch.seeds
-        assert not torch.equal(other.batch.image_sizes, first.batch.image_sizes)
+        assert laid_out(other).seeds != laid_out(first).seeds
+        assert not torch.equal(laid_out(other).image_sizes, laid_out(first).image_sizes)
 
 
 @pytest.mark.parametrize("processes", [0, 1])
@@ -292,8 +296,8 @@ def test_an_unreadable_image_adds_nothing_to_losses_or_gradients(
     good = images[Part(part.samples[:1], part.padded)]
     both = images[Part(part.samples[:2], part.padded)]
     assert (len(good.unreadable), len(both.unreadable)) == (0, 1)
-    losses, gradients = losses_of(both.batch)
-    expected, expected_gradients = losses_of(good.batch)
+    losses, gradients = losses_of(laid_out(both))
+    expected, expected_gradients = losses_of(laid_out(good))
     assert losses == pytest.approx(expected, rel=1e-5)
     assert all(loss > 0 for loss in expected.values())
     for name, gradient in expected_gradients.items():
@@ -310,7 +314,7 @@ def test_a_batch_of_unreadable_images_alone_has_no_loss_and_no_gradient(
         damage(copied / images.image(sample.index).file_name, "missing")
     loaded = images[part]
     assert len(loaded.unreadable) == 4
-    losses, gradients = losses_of(loaded.batch)
+    losses, gradients = losses_of(laid_out(loaded))
     assert set(losses) == {"rpn_objectness", "rpn_box", "class", "box", "mask"}
     assert set(losses.values()) == {0.0}
     assert not any(gradient.any() for gradient in gradients.values())
