@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
         """`plus` is added before the ReLU: the shortcut of a block."""
         if self.fused:
             return fused_conv(self.conv, x, plus, relu=self.relu)
-        if isinstance(self.norm, FrozenNorm) and torch.is_autocast_enabled(x.device.type):
+        if isinstance(self.norm, FrozenNorm) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             # Nothing of the norm is trained, so it goes into the weights, and a pass over the maps is saved. They are
             # in bfloat16 in any case: the roundings need not be torchvision's.
             scale, shift = self.norm.scale_and_shift()

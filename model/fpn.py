@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +36,8 @@ class FPN(nn.Module):
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
                 lateral = self.lateral[index](features[index])
-                top_down = lateral.add_(F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest"))
+                with torch.autocast(lateral.device.type, enabled=False):  # or the nearest cells are made float32
+                    top_down = lateral.add_(F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest"))
             levels.insert(0, self.output[index](top_down))
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)

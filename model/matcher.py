@@ -18,9 +18,9 @@ from model import boxes as box_math
 POSITIVE, NEGATIVE, NEITHER = 1, 0, -1
 """A box that learns an object, one that learns background, and one that is not trained on."""
 
-_CHUNK_PAIRS = 2**22
-"""Overlaps computed at once, 16 MB of float32 that stay in a GPU's cache: of an image's 268,569 anchors with 15 ground
-truth boxes, or of the 2,000 proposals of 20 images with 100 each."""
+_CHUNK_PAIRS = {"cpu": 2**22, "cuda": 2**26}
+"""Overlaps computed at once. 16 MB of float32 stay in a processor's cache: of an image's 268,569 anchors with 15 ground
+truth boxes, or of the 2,000 proposals of 20 images with 100 each. A GPU has the memory, and a launch costs more."""
 
 
 class Matches(NamedTuple):
@@ -55,7 +55,7 @@ def match(
     best = box_math.full_precision(boxes).new_full(boxes.shape[:2], -1.0)  # (N, B), below every overlap
     gt_index = torch.zeros_like(best, dtype=torch.int64)
     positive = torch.zeros_like(best, dtype=torch.bool)
-    for images, places in _chunks(best.shape, gt_valid.shape[1]):
+    for images, places in _chunks(best, gt_valid.shape[1]):
         some = box_math.full_precision(gt_boxes[images, places])  # (n, g, 4)
         absent = ~(gt_valid[images, places] & (box_math.area(some) > 0))[..., None]  # (n, g, 1)
         overlap = box_math.iou(some, boxes[images]).masked_fill_(absent, -1.0)  # (n, g, B)
@@ -81,7 +81,7 @@ def ignore_crowd(label: Tensor, boxes: Tensor, crowd_boxes: Tensor, crowd_valid:
     """
     boxes = boxes.expand(len(crowd_boxes), *boxes.shape[-2:])  # (N, B, 4)
     label = label.clone()
-    for images, places in _chunks(label.shape, crowd_valid.shape[1]):
+    for images, places in _chunks(label, crowd_valid.shape[1]):
         own_area = box_math.area(box_math.full_precision(boxes[images]))[:, None]  # (n, 1, B)
         shared = box_math.intersection(crowd_boxes[images, places], boxes[images])  # (n, g, B)
         inside = shared / own_area.clamp(min=torch.finfo(shared.dtype).tiny) >= threshold
@@ -97,13 +97,14 @@ def take(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device)[:, None], index]
 
 
-def _chunks(shape: torch.Size, num_places: int) -> list[tuple[slice, slice]]:
-    """Images and places in parts of about _CHUNK_PAIRS overlaps, one image and place at the least."""
-    num_images, num_boxes = shape
+def _chunks(of_boxes: Tensor, num_places: int) -> list[tuple[slice, slice]]:
+    """Images and places in parts of about _CHUNK_PAIRS overlaps with boxes (N, B), one image and place at the least."""
+    num_images, num_boxes = of_boxes.shape
+    pairs = _CHUNK_PAIRS[of_boxes.device.type]
     if num_boxes == 0:
         return []
-    places = min(max(1, _CHUNK_PAIRS // num_boxes), max(1, num_places))
-    images = max(1, _CHUNK_PAIRS // (num_boxes * places))
+    places = min(max(1, pairs // num_boxes), max(1, num_places))
+    images = max(1, pairs // (num_boxes * places))
     return [
         (slice(image, image + images), slice(place, place + places))
         for image in range(0, num_images, images)

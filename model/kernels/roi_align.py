@@ -130,8 +130,8 @@ def _gradients(
     num_boxes, num_channels, size = gradient.shape[:3]
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     levels = [
-        torch.zeros(shape, dtype=dtype, device=gradient.device).to(memory_format=torch.channels_last)
-        for shape in shapes
+        torch.zeros((num_images, height, width, channels), dtype=dtype, device=gradient.device).permute(0, 3, 1, 2)
+        for num_images, channels, height, width in shapes
     ]
     columns = triton.next_power_of_2(size)
     block = min(_MAX_CHANNELS, max(1, _MAX_GRADIENTS // columns), triton.next_power_of_2(num_channels))

@@ -72,7 +72,7 @@ def test_the_best_of_a_ground_truth_box_is_positive_with_its_ties_but_keeps_its_
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_the_first_of_equal_ground_truth_boxes_is_matched(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matcher, "_CHUNK_PAIRS", chunk)
+    monkeypatch.setattr(matcher, "_CHUNK_PAIRS", {"cpu": chunk})
     twins = torch.tensor([[[5.0, 5, 9, 9], [0, 0, 4, 4], [0, 0, 4, 4]]])
     boxes = torch.tensor([[0.0, 0, 4, 4]])
     found = match_at(boxes, twins, torch.ones(1, 3, dtype=torch.bool), low_quality=False, bounds=(0.5, 0.5))
@@ -107,7 +107,7 @@ def test_no_part_of_the_batch_changes_another(low_quality: bool, monkeypatch: py
     whole = match_at(boxes, gt_boxes, valid, low_quality=low_quality, bounds=(0.3, 0.7))
     whole_crowd = ignore_crowd(whole.label, boxes, gt_boxes, valid, threshold=0.5)
     for chunk in (1, 2 * 40, 2 * 5 * 40):  # a pair of image and place at a time, two places, two images
-        monkeypatch.setattr(matcher, "_CHUNK_PAIRS", chunk)
+        monkeypatch.setattr(matcher, "_CHUNK_PAIRS", {"cpu": chunk})
         parts = match_at(boxes, gt_boxes, valid, low_quality=low_quality, bounds=(0.3, 0.7))
         assert torch.equal(parts.gt_index, whole.gt_index)
         assert torch.equal(parts.label, whole.label)
