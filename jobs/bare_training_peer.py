@@ -1,6 +1,6 @@
 """The peer of ``maskline benchmark``'s train part: forward, backward and step alone, over batches that are in memory.
 
-The same process, threads, network, losses and batches as the loop has; nothing is read, decoded, recorded or written.
+Network, losses and batches are those of the loop; nothing is read, decoded, recorded or written, and no Ray is needed.
 """
 
 from __future__ import annotations
@@ -13,32 +13,53 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from jobs.train_worker import Training, autocast
+import model
+from jobs.train import prepare
+from jobs.train_config import TrainConfig
+from jobs.trainee import MakeTrainee
+from jobs.training_setup import autocast, loading_of, set_up_torch
+from model.ground_truth import TrainingBatch
+from model.optimiser import build_optimiser
+from pipeline.training_data import TrainingImages
+from pipeline.worker_group import WorkerGroup
 
 WARM_STEPS = 3
 """Steps before those that count: the first are the slowest."""
 
 
-class BareTraining(Training):
-    """A run of which only the computation is left."""
+def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.device) -> float:
+    """Of the run's steps but the first few, on this process's threads."""
+    task = prepare(config, make_trainee)
+    set_up_torch(config, device, torch.get_num_threads())
+    start = model.load(task.weights)
+    trainee = make_trainee(start, config, WorkerGroup(), device)
+    network = trainee.network.to(memory_format=torch.channels_last)
+    optimiser = build_optimiser(network, config.optimiser)
+    batches = _batches(TrainingImages(task.train, loading_of(task, start, device)), task.num_steps, config, device)
+    began = 0.0
+    for step, batch in enumerate(batches):
+        if step == WARM_STEPS:
+            _wait(device)
+            began = time.monotonic()
+        optimiser.zero_grad(set_to_none=True)
+        with autocast(config, device):
+            losses = trainee.forward(batch)
+        torch.autograd.backward(torch.stack(list(losses.values())).sum())
+        float(nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm or math.inf))
+        optimiser.step()
+    _wait(device)
+    return time.monotonic() - began
 
-    def run(self) -> None:
-        """Say how many seconds the steps took after the first few."""
-        steps = self.task.num_steps
-        batches = [next(self.batches).batch.to(self.device) for _ in range(steps)]
-        batches = [
-            replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last)) for batch in batches
-        ]
-        began = time.monotonic()
-        for step, batch in enumerate(itertools.islice(batches, steps)):
-            if step == WARM_STEPS:
-                began = time.monotonic()
-            self.optimiser.zero_grad(set_to_none=True)
-            with autocast(self.config, self.device):
-                losses = self.forward(batch)
-            torch.autograd.backward(torch.stack(list(losses.values())).sum())
-            float(nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimiser.clip_norm or math.inf))
-            self.optimiser.step()
-        if self.group.rank == 0:
-            self.events.put(("result", {"seconds": time.monotonic() - began, "steps": steps - WARM_STEPS}))
-        self.group.wait()
+
+def _batches(images: TrainingImages, count: int, config: TrainConfig, device: torch.device) -> list[TrainingBatch]:
+    """On the device, channels-last as the loop makes them; each of the images once, then the same batches again."""
+    parts = images.parts(batch_size=config.batch_size, start=0, rank=0, num_workers=1, accumulate=1)
+    num_kept = min(count, max(1, len(images) // config.batch_size))
+    kept = [images[part].batch.to(device) for part in itertools.islice(parts, num_kept)]
+    kept = [replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last)) for batch in kept]
+    return list(itertools.islice(itertools.cycle(kept), count))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -7,8 +7,10 @@
 - ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
 - ``model_vs_torchvision``: pixels in memory to run lengths, of the same images with the same weights, against
   torchvision's network in float32; its other forms and ours are rows beside it.
-- ``train_vs_bare_step``: the loop of ``maskline train`` against its forward, backward and step alone, over batches in
-  memory; ``train_vs_torchvision``: against torchvision's network of the same shape with its losses, in our loop.
+- ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
+  network of the same shape with its losses.
+- ``train_vs_bare_step``: the loop of ``maskline train`` against that of its own; ``train_vs_torchvision``: against
+  torchvision's network and losses in our loop.
 
 The start of Ray and of the model is left out on all sides; listing and planning are counted on all.
 """
@@ -49,11 +51,12 @@ from jobs.starting_network import ModelName
 from jobs.train import train
 from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee, our_trainee
+from model.optimiser import OptimiserConfig
 from pipeline import cluster
 from pipeline.scenes import write_archive
 from pipeline.training_log import History
 
-Part = Literal["model", "pipeline", "end_to_end", "train"]
+Part = Literal["model", "step", "train", "pipeline", "end_to_end"]
 
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
@@ -63,8 +66,8 @@ TRAINED_IMAGES = 64
 class BenchmarkConfig:
     """Measure maskline against named peers in one run."""
 
-    parts: tuple[Part, ...] = ("model", "pipeline", "end_to_end", "train")
-    """What to measure."""
+    parts: tuple[Part, ...] = ("model", "step", "train", "pipeline", "end_to_end")
+    """What to measure; model and step do without Ray."""
     images: str | None = None
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
     num_images: int = 5_000
@@ -78,11 +81,13 @@ class BenchmarkConfig:
     model_peers: tuple[TorchvisionForm, ...] = ("eager", "bf16")
     """For the model part: the forms of torchvision's network; compiling it takes minutes."""
     train_steps: int = 24
-    """For the train part, the first three of which do not count."""
+    """For the parts that train, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
-    """For the train part."""
+    """For the parts that train."""
+    train_norm: Literal["keep", "frozen", "batch", "group"] = "keep"
+    """For the parts that train: the norm of the body, as of `maskline train`."""
     train_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """For the train part; by default 16 on cuda and 8 on a CPU."""
+    """For the parts that train; by default 16 on cuda and 8 on a CPU."""
     weights: str | None = None
     """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -94,19 +99,22 @@ class BenchmarkConfig:
 
 
 def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
-    """Our loop, its computation alone, and torchvision's network in our loop, turn about."""
+    """Our loop and torchvision's network in it, and the computation of both alone, turn about."""
     annotations = write_archive(work / "scenes", num_images=TRAINED_IMAGES, num_in_tar=0, seed=0)
+    device = cluster.choose_device(config.device, None)
+    batch_size = config.train_batch or (16 if device == "cuda" else 8)
     steps, warm = config.train_steps, bare_training_peer.WARM_STEPS
-    batch_size = config.train_batch or (16 if cluster.choose_device(config.device, None) == "cuda" else 8)
     training = TrainConfig(
         train_annotations=str(annotations),
         train_images=str(annotations.parent),
         output="",
         model=config.train_model,
+        norm=config.train_norm,
         batch_size=batch_size,
         epochs=steps * batch_size / TRAINED_IMAGES,
-        device=config.device,
+        device=device,
         log_every=steps,
+        optimiser=OptimiserConfig(learning_rate=1e-6),  # next to nothing is learnt: each step has the same work
     )
 
     def run_loop(make_trainee: MakeTrainee, output: Path) -> float:
@@ -114,41 +122,43 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         history = History.from_json_lines((output / "metrics.jsonl").read_bytes())
         return sum(record.seconds for record in history.steps[warm:])
 
-    def run_bare(output: Path) -> float:
-        seconds: float = train(replace(training, output=str(output)), training=bare_training_peer.BareTraining)[
-            "seconds"
-        ]
-        return seconds
+    def run_bare(make_trainee: MakeTrainee, output: Path) -> float:
+        return bare_training_peer.bare_seconds(
+            replace(training, output=str(output)), make_trainee, torch.device(device)
+        )
 
-    systems: dict[str, Callable[[Path], float]] = {
-        "maskline": functools.partial(run_loop, our_trainee),
-        "bare step": run_bare,
-        "torchvision": functools.partial(run_loop, torchvision_training_peer.torchvision_trainee),
+    trainees = {"maskline": our_trainee, "torchvision": torchvision_training_peer.torchvision_trainee}
+    measured = [(part, run) for part, run in (("step", run_bare), ("train", run_loop)) if part in config.parts]
+    systems: dict[tuple[str, str], Callable[[Path], float]] = {
+        (part, system): functools.partial(run, make_trainee)
+        for part, run in measured
+        for system, make_trainee in trainees.items()
     }
     seconds = take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
     images = (steps - warm) * batch_size
-    return [Row(part="train", system=system, images=images, seconds=times) for system, times in seconds.items()]
+    return [Row(part=part, system=system, images=images, seconds=times) for (part, system), times in seconds.items()]
 
 
 def _ratios(rows: list[Row]) -> dict[str, float]:
     rates = {(row.part, row.system): row.images_per_second for row in rows}
     pairs = {
-        "pipeline_vs_ray_data": ("pipeline", "ray data, read_images"),
-        "pipeline_vs_best_ray_data": ("pipeline", "ray data, read_binary_files"),
-        "end_to_end_vs_model_loop": ("end to end", "bare model loop"),
-        "train_vs_bare_step": ("train", "bare step"),
-        "train_vs_torchvision": ("train", "torchvision"),
+        "pipeline_vs_ray_data": ("pipeline", "pipeline", "ray data, read_images"),
+        "pipeline_vs_best_ray_data": ("pipeline", "pipeline", "ray data, read_binary_files"),
+        "end_to_end_vs_model_loop": ("end to end", "end to end", "bare model loop"),
+        "step_vs_torchvision": ("step", "step", "torchvision"),
+        "train_vs_bare_step": ("train", "step", "maskline"),
+        "train_vs_torchvision": ("train", "train", "torchvision"),
     }
     return {
-        name: rates[part, "maskline"] / rates[part, peer]
-        for name, (part, peer) in pairs.items()
-        if (part, peer) in rates
+        name: rates[part, "maskline"] / rates[of_peer, peer]
+        for name, (part, of_peer, peer) in pairs.items()
+        if (part, "maskline") in rates and (of_peer, peer) in rates
     }
 
 
 def main(config: BenchmarkConfig) -> None:
     """The command: measure, and print rates and ratios."""
-    if set(config.parts) - {"model"}:
+    if set(config.parts) - {"model", "step"}:
         cluster.connect(None)
     rows: list[Row] = []
     model_rows: list[ModelRow] = []
@@ -156,7 +166,7 @@ def main(config: BenchmarkConfig) -> None:
         work = Path(name)
         if "model" in config.parts:
             model_rows = measure_model(_model_setting(config, work), bare_loop_peer.read_pixels)
-        if "train" in config.parts:
+        if {"step", "train"} & set(config.parts):
             rows += measure_training(config, work)
         if "pipeline" in config.parts:
             folder = copy_images(config.images, work / "many", config.num_images)

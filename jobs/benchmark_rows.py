@@ -6,6 +6,10 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+System = TypeVar("System")
+"""What names a system."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +28,10 @@ class Row:
 
 
 def take_turns(
-    systems: dict[str, Callable[[Path], float]], outputs: Iterator[Path], repeats: int
-) -> dict[str, tuple[float, ...]]:
+    systems: dict[System, Callable[[Path], float]], outputs: Iterator[Path], repeats: int
+) -> dict[System, tuple[float, ...]]:
     """Each system in turn, so that a slow minute of the machine meets them all."""
-    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    seconds: dict[System, list[float]] = {system: [] for system in systems}
     for _ in range(repeats):
         for system, measure in systems.items():
             seconds[system].append(measure(next(outputs)))

@@ -31,8 +31,9 @@ from rich.table import Table
 from jobs.command import run
 from jobs.starting_network import StartingNetwork, starting_network
 from jobs.train_config import TrainConfig
-from jobs.train_worker import Task, Training
+from jobs.train_worker import Training
 from jobs.trainee import MakeTrainee, our_trainee
+from jobs.training_setup import Task
 from model.optimiser import build_optimiser
 from model.weights import to_bytes
 from pipeline import checkpoints, cluster, storage
@@ -44,11 +45,8 @@ from pipeline.training_data import with_objects
 from pipeline.uris import local_path
 
 
-def train(
-    config: TrainConfig, make_trainee: MakeTrainee = our_trainee, training: type[Training] = Training
-) -> dict[str, Any]:
-    """Run it; what came of it. For benchmarks, ``make_trainee`` takes the place of our network and its losses, and
-    ``training`` that of the loop.
+def train(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> dict[str, Any]:
+    """Run it; what came of it. For comparison, ``make_trainee`` takes the place of our network and its losses.
 
     Raises:
         ConfigError: the request is wrong; nothing was started.
@@ -63,7 +61,7 @@ def train(
     with tempfile.TemporaryDirectory(prefix="maskline-train-") as folder, _printed(events) as last, _stop_on_sigterm():
         trainer = ray.train.torch.TorchTrainer(
             work,
-            train_loop_config={"task": ray.put(task), "events": events, "training": training},
+            train_loop_config={"task": ray.put(task), "events": events},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=_bounds(config),
                 use_gpu=device == "cuda",
@@ -258,7 +256,7 @@ def _cause(error: BaseException) -> str:
 
 def work(given: dict[str, Any]) -> None:
     """What Ray Train runs in each worker."""
-    given["training"](ray.get(given["task"]), given["events"]).run()
+    Training(ray.get(given["task"]), given["events"]).run()
 
 
 def main(config: TrainConfig) -> None:

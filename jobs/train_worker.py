@@ -9,13 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import resource
-import tempfile
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
 
 import ray
 import ray.train
@@ -26,15 +22,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from jobs.train_config import TrainConfig
-from jobs.trainee import MakeTrainee
-from model import MaskRCNN, packed_batch
+from jobs.training_setup import Task, autocast, loader_processes, loading_of, set_up_torch
+from model import MaskRCNN
 from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
 from pipeline import checkpoints
-from pipeline.coco import CocoDataset
 from pipeline.coco_evaluation import Kind
 from pipeline.errors import PipelineError
-from pipeline.training_data import LoadedBatch, Loading, TrainingImages, load_ahead
+from pipeline.training_data import LoadedBatch, TrainingImages, load_ahead
 from pipeline.training_evaluation import Evaluator
 from pipeline.training_log import EvaluationRecord, StepRecord
 from pipeline.training_output import TrainingOutput
@@ -44,19 +38,6 @@ UNREADABLE_STEPS = 10
 """Steps in a row without a readable image that end a run."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What each worker is given."""
-
-    config: TrainConfig
-    weights: bytes
-    """The starting network, a weight file of ours."""
-    train: CocoDataset
-    val: CocoDataset | None
-    num_steps: int
-    make_trainee: MakeTrainee
-
-
 class Training:
     """A run as one of its workers sees it."""
 
@@ -64,7 +45,7 @@ class Training:
         self.task, self.config, self.events = task, task.config, events
         self.group = WorkerGroup()
         self.device = ray.train.torch.get_device()
-        _set_up_torch(self.config, self.device)
+        set_up_torch(self.config, self.device, ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         start = model.load(task.weights)
         self.trainee = task.make_trainee(start, self.config, self.group, self.device)
         self.network = self.trainee.network.to(memory_format=torch.channels_last)
@@ -81,7 +62,7 @@ class Training:
         self._unreadable_steps = 0
         forward = self.trainee.forward
         self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
-        self.images = TrainingImages(task.train, _loading(task, start, self.device))
+        self.images = TrainingImages(task.train, loading_of(task, start, self.device))
         self.batches = load_ahead(
             self.images,
             self.images.parts(
@@ -91,7 +72,7 @@ class Training:
                 num_workers=self.group.size,
                 accumulate=self.config.accumulate,
             ),
-            _loader_processes(self.config),
+            loader_processes(self.config),
         )
         self.evaluator = None
         if task.val is not None:
@@ -268,48 +249,6 @@ def _kinds(start: MaskRCNN) -> list[Kind]:
     if start.config.num_keypoints:
         kinds.append("keypoints")
     return kinds
-
-
-def _loading(task: Task, start: MaskRCNN, device: torch.device) -> Loading:
-    index_of = {name: index for index, name in start.categories.items()}
-    config = task.config
-    return Loading(
-        folder=config.train_images,
-        labels={category_id: index_of[name] for category_id, name in task.train.categories.items()},
-        config=start.config,
-        recipe=start.recipe,
-        augment=config.augment,
-        seed=config.seed,
-        cache_folder=config.cache_folder or str(Path(tempfile.gettempdir()) / "maskline-images"),
-        cache_bytes=int(config.cache_gigabytes * 1e9),
-        flip_pairs=task.train.flip_pairs,
-        packed=packed_batch.is_for(device, start.recipe),
-    )
-
-
-def _set_up_torch(config: TrainConfig, device: torch.device) -> None:
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
-    torch.set_num_threads(max(1, int(cpus)))
-    torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(mode=True)
-
-
-def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Of the forward pass, by the config's precision."""
-    precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
-    if config.precision != "auto":
-        precision = config.precision
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
-
-
-def _loader_processes(config: TrainConfig) -> int:
-    if config.loader_processes is not None:
-        return config.loader_processes
-    return min(8, max(1, torch.get_num_threads() - 1))
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -12,11 +12,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model import kernels
 from model.box_head import BoxHead, first_layer_as_convolution
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm, folded
 from model.fpn import FPN
+from model.kernels import run_kernels_on
 from model.keypoint_head import KeypointHead
 from model.mask_head import MaskHead, MLPMaskHead
 from model.norm import Norm, norm_of
@@ -149,7 +149,7 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
         outputs = copy.deepcopy((running.box_head.class_logits, running.box_head.deltas))
         running.to(torch.bfloat16)
         running.box_head.class_logits, running.box_head.deltas = outputs
-    if kernels.run_on(device) and not exact:
+    if run_kernels_on(device) and not exact:
         _fuse(running)
     return running.requires_grad_(False).to(device)
 

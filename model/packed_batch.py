@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import kernels
 from model.config import ModelConfig
 from model.ground_truth import Frames, GroundTruth, TrainingBatch, frames_of, objects_of
+from model.kernels import run_kernels_on
 from model.mask_targets import Masks, resized, to_bitmaps
 from model.recipe import Recipe
 from model.structures import ImageSize
@@ -76,7 +76,7 @@ class PackedBatch:
 
 def is_for(device: torch.device, recipe: Recipe) -> bool:
     """Whether batches can travel so."""
-    return kernels.run_on(device) and recipe.resize == "torchvision"
+    return run_kernels_on(device) and recipe.resize == "torchvision"
 
 
 def pack(

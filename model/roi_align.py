@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
-from model import kernels
 from model.boxes import full_precision
+from model.kernels import run_kernels_on
 
 CANONICAL_SCALE = 224.0
 """FPN eq. 1: a box of 224 px, the side of an ImageNet crop, maps to …"""
@@ -81,7 +81,7 @@ def multilevel_roi_align(
     """
     if len(features) != len(strides):
         raise ValueError(f"features and strides must be as many, got {len(features)} and {len(strides)}")
-    if kernels.run_on(features[0].device) and len(features) <= 4:
+    if run_kernels_on(features[0].device) and len(features) <= 4:
         from model.kernels.roi_align import roi_align
 
         return roi_align(

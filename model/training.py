@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model import kernels
 from model.anchors import anchors_at, anchors_of, cell_strides
 from model.config import ModelConfig
 from model.fixed_shapes import propose_fixed
 from model.ground_truth import TrainingBatch
+from model.kernels import run_kernels_on
 from model.keypoint_targets import heatmap_targets
 from model.losses import (
     Divisor,
@@ -265,7 +265,7 @@ class TrainingForward(nn.Module):
 
 def _propose_on(device: torch.device) -> Callable[..., Proposals]:
     """`rpn.propose`, or on a GPU what does not wait for it."""
-    if not kernels.run_on(device):
+    if not run_kernels_on(device):
         return propose
     from model.kernels.nms import sorted_nms
 

@@ -5,6 +5,6 @@ import importlib.util
 import torch
 
 
-def run_on(device: torch.device) -> bool:
+def run_kernels_on(device: torch.device) -> bool:
     """Whether they are what runs there."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None

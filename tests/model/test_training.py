@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, ModelConfig, Recipe, kernels
+from model import R18_FPN, ModelConfig, Recipe, roi_align, training
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -249,10 +249,12 @@ def test_kernels_give_the_same_losses_and_gradients(where: str, monkeypatch: pyt
         torch.autograd.backward(list(losses.values()))
         return losses, [parameter.grad for parameter in forward.parameters() if parameter.grad is not None]
 
-    monkeypatch.setattr(kernels, "run_on", lambda device: False)
-    expected, expected_gradients = of()
-    monkeypatch.setattr(kernels, "run_on", lambda device: True)
-    found, gradients = of()
+    results = []
+    for run in (False, True):
+        for module in (training, roi_align):
+            monkeypatch.setattr(module, "run_kernels_on", lambda device, run=run: run)
+        results.append(of())
+    (expected, expected_gradients), (found, gradients) = results
     assert list(found) == list(expected)
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=1e-7)
