@@ -8,6 +8,7 @@ from torch import nn
 from model.network import Network
 
 STD_BY_LAYER = {
+    "rpn.convs": 0.01,
     "rpn.objectness": 0.01,
     "rpn.deltas": 0.01,
     "box_head.class_logits": 0.01,
@@ -17,14 +18,22 @@ STD_BY_LAYER = {
 }
 """Of the layers that predict (Girshick 2015 section 2.3, Ren et al. 2015 section 3.1.3): at first all is as likely."""
 
+KEEP_SCALE = ("fpn.", "box_head.fcs.", "mask_head.fcs.")
+"""Layers whose inputs and outputs differ in number by far, and are as large as another whatever that is: of 12,544
+inputs to 1,024 outputs, He's weights by outputs would make fivefold ones, and their losses tenfold."""
+
 
 def initialise(network: Network, seed: int) -> None:
-    """Set every parameter from `seed` alone: He's normal weights, no biases, norms that change nothing."""
+    """Set every parameter from `seed` alone: He's normal weights by outputs (He et al. 2015), where the scale is to be
+    kept those of a variance of one over the inputs, no biases, norms that change nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.tensors().items():
         layer, _, kind = name.rpartition(".")
-        if layer in STD_BY_LAYER and kind == "weight":
-            nn.init.normal_(value, std=STD_BY_LAYER[layer], generator=generator)
+        std = next((std for start, std in STD_BY_LAYER.items() if layer.startswith(start)), None)
+        if std is not None and kind == "weight":
+            nn.init.normal_(value, std=std, generator=generator)
+        elif value.dim() > 1 and name.startswith(KEEP_SCALE):
+            nn.init.kaiming_normal_(value, mode="fan_in", nonlinearity="linear", generator=generator)
         elif value.dim() > 1:
             nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
         else:
