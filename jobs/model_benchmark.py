@@ -8,13 +8,11 @@ forward, paste, threshold and run lengths. How far its answer is from torchvisio
 
 from __future__ import annotations
 
-import copy
 import io
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from rich.table import Table
 from torch import nn
 
 import model
 from jobs.agreement import Agreement, agreement
-from jobs.torchvision_peer import torchvision_network
-from model import Detections, ImageSize, MaskRCNN, Rle, gmacs, random_weights
+from jobs.torchvision_peer import compiled, predict_batches, torchvision_network
+from model import Detections, ImageSize, MaskRCNN, gmacs, random_weights
 from model.network import Precision
 
 Pixels = NDArray[np.uint8]
@@ -41,8 +38,6 @@ TorchvisionForm = Literal["eager", "bf16", "compiled"]
 REFERENCE = "torchvision, float32"
 FILLED = 2.5
 """Deviations that mask logits are raised by: all but some in a hundred of a mask's cells are then set."""
-MAX_COMPILED = 64
-"""Input sizes that one network is compiled for."""
 MEASURED_SECONDS = 1.0
 """A pass of a GPU over a few batches is too short to be measured alone."""
 FEW_DETECTIONS = 10
@@ -101,11 +96,11 @@ def measure_model(setting: ModelBenchmark, read: Callable[[Path], Pixels]) -> li
     threshold = theirs.roi_heads.score_thresh
     for name in ("many", "few"):
         theirs.roi_heads.score_thresh = threshold
-        systems: dict[str, Predict] = {REFERENCE: _torchvision(theirs, setting.device)}
+        systems: dict[str, Predict] = {REFERENCE: predict_batches(theirs, setting.device)}
         if "bf16" in setting.forms:
-            systems["torchvision, autocast bf16"] = _torchvision(theirs, setting.device, autocast=True)
+            systems["torchvision, autocast bf16"] = predict_batches(theirs, setting.device, autocast=True)
         if "compiled" in setting.forms:
-            systems["torchvision, compiled"] = _torchvision(_compiled(theirs), setting.device)
+            systems["torchvision, compiled"] = predict_batches(compiled(theirs), setting.device)
         systems |= {system: _of_net(net, threshold) for system, net in nets.items()}
         rows += _measure(systems, batches, setting, name, work[name])
         if name == "many":
@@ -194,46 +189,6 @@ def _of_net(net: MaskRCNN, threshold: float) -> Predict:
         return net.predict([image for batch in batches for image in batch], threshold)
 
     return predict
-
-
-def _torchvision(network: nn.Module, device: torch.device, *, autocast: bool = False) -> Predict:
-    """Its forward with its paste, then run lengths by pycocotools."""
-
-    @torch.inference_mode()
-    def of_batch(batch: Sequence[Pixels]) -> list[Detections]:
-        pixels = [torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255 for image in batch]
-        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
-            outputs = network(pixels)
-        return [_encoded(output, ImageSize(*image.shape[:2])) for output, image in zip(outputs, batch, strict=True)]
-
-    def predict(batches: Batches) -> list[Detections]:
-        return [found for batch in batches for found in of_batch(batch)]
-
-    return predict
-
-
-def _encoded(output: dict[str, torch.Tensor], size: ImageSize) -> Detections:
-    bitmaps = (output["masks"][:, 0] >= 0.5).to(torch.uint8).cpu().numpy()  # (D, H, W)
-    masks: list[Rle] = coco_mask.encode(np.asfortranarray(bitmaps.transpose(1, 2, 0)))
-    labels = output["labels"].cpu().numpy()
-    return Detections(
-        size=size,
-        boxes=output["boxes"].float().cpu().numpy(),
-        scores=output["scores"].float().cpu().numpy(),
-        category_ids=labels,
-        categories=[str(label) for label in labels],
-        masks=masks,
-        areas=coco_mask.area(masks).astype(np.int64),
-    )
-
-
-def _compiled(network: nn.Module) -> nn.Module:
-    """With its body and pyramid compiled for each input size; what follows has shapes that hang on the data."""
-    compiled: Any = copy.copy(network)
-    compiled._modules = dict(network._modules)
-    compiled.backbone = torch.compile(compiled.backbone, dynamic=False)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
-    return compiled  # type: ignore[no-any-return]
 
 
 def _work_per_image(net: MaskRCNN, batches: Batches, num_detections: int) -> float:

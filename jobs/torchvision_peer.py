@@ -5,17 +5,25 @@ Their seeded random weights are spread so that every image has detections.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from model import random_weights
+from model import Detections, ImageSize, Rle, random_weights
 
 Output = dict[str, Tensor]
+Pixels = NDArray[np.uint8]
+
+MAX_COMPILED = 64
+"""Input sizes that one network is compiled for."""
 
 _NORM_RANGES = [("weight", 0.7, 1.1), ("bias", -0.2, 0.2), ("running_mean", -0.2, 0.2), ("running_var", 0.8, 1.2)]
 _LEVEL_STDS = (1.0, 1.25, 1.5, 2.0)
@@ -62,6 +70,48 @@ def predict(network: nn.Module, image: NDArray[np.uint8]) -> Output:
     for handle in handles:
         handle.remove()
     return {**output, **kept}
+
+
+def predict_batches(
+    network: nn.Module, device: torch.device, *, autocast: bool = False
+) -> Callable[[Sequence[Sequence[Pixels]]], list[Detections]]:
+    """Its forward with its paste, then run lengths by pycocotools."""
+
+    @torch.inference_mode()
+    def of_batch(batch: Sequence[Pixels]) -> list[Detections]:
+        pixels = [torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255 for image in batch]
+        with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+            outputs = network(pixels)
+        return [_encoded(output, ImageSize(*image.shape[:2])) for output, image in zip(outputs, batch, strict=True)]
+
+    def detect(batches: Sequence[Sequence[Pixels]]) -> list[Detections]:
+        return [found for batch in batches for found in of_batch(batch)]
+
+    return detect
+
+
+def _encoded(output: dict[str, torch.Tensor], size: ImageSize) -> Detections:
+    bitmaps = (output["masks"][:, 0] >= 0.5).to(torch.uint8).cpu().numpy()  # (D, H, W)
+    masks: list[Rle] = coco_mask.encode(np.asfortranarray(bitmaps.transpose(1, 2, 0)))
+    labels = output["labels"].cpu().numpy()
+    return Detections(
+        size=size,
+        boxes=output["boxes"].float().cpu().numpy(),
+        scores=output["scores"].float().cpu().numpy(),
+        category_ids=labels,
+        categories=[str(label) for label in labels],
+        masks=masks,
+        areas=coco_mask.area(masks).astype(np.int64),
+    )
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """With its body and pyramid compiled for each input size; what follows has shapes that hang on the data."""
+    copied: Any = copy.copy(network)
+    copied._modules = dict(network._modules)
+    copied.backbone = torch.compile(copied.backbone, dynamic=False)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED)
+    return copied  # type: ignore[no-any-return]
 
 
 def _build(version: str, **sizes: int) -> nn.Module:
