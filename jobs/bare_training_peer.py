@@ -1,4 +1,4 @@
-"""The peer of ``maskline benchmark``'s train part: forward, backward and step alone, over batches that are in memory.
+"""What ``maskline benchmark`` calls a step: forward, backward and step alone, over batches that are in memory.
 
 Network, losses and batches are those of the loop; nothing is read, decoded, recorded or written, and no Ray is needed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -28,9 +29,9 @@ WARM_STEPS = 3
 
 
 def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.device) -> float:
-    """Of the run's steps but the first few, on this process's threads."""
+    """Of the run's steps but the first few, on a thread for each CPU, as Ray counts them too."""
     task = prepare(config, make_trainee)
-    set_up_torch(config, device, torch.get_num_threads())
+    set_up_torch(config, device, os.cpu_count() or 1)
     start = model.load(task.weights)
     trainee = make_trainee(start, config, WorkerGroup(), device)
     network = trainee.network.to(memory_format=torch.channels_last)
@@ -48,7 +49,11 @@ def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.d
         float(nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm or math.inf))
         optimiser.step()
     _wait(device)
-    return time.monotonic() - began
+    seconds = time.monotonic() - began
+    del trainee, network, optimiser, batches, batch, losses
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # another process trains next
+    return seconds
 
 
 def _batches(images: TrainingImages, count: int, config: TrainConfig, device: torch.device) -> list[TrainingBatch]:

@@ -9,7 +9,7 @@
   torchvision's network in float32; its other forms and ours are rows beside it.
 - ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
   network of the same shape with its losses.
-- ``train_vs_bare_step``: the loop of ``maskline train`` against that of its own; ``train_vs_torchvision``: against
+- ``train_vs_bare_step``: the loop of ``maskline train`` against our steps alone; ``train_vs_torchvision``: against
   torchvision's network and losses in our loop.
 
 The start of Ray and of the model is left out on all sides; listing and planning are counted on all.
@@ -53,6 +53,7 @@ from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee, our_trainee
 from model.optimiser import OptimiserConfig
 from pipeline import cluster
+from pipeline.errors import ConfigError
 from pipeline.scenes import write_archive
 from pipeline.training_log import History
 
@@ -96,6 +97,13 @@ class BenchmarkConfig:
     """Of each measurement; the median counts."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
+
+    def __post_init__(self) -> None:
+        if self.train_steps <= bare_training_peer.WARM_STEPS:
+            raise ConfigError(
+                f"train_steps must be above {bare_training_peer.WARM_STEPS}, the first steps, which do not count; "
+                f"got {self.train_steps}"
+            )
 
 
 def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:

@@ -119,7 +119,7 @@ class Training:
         drop_frozen_gradients(self.network, step, self.config.optimiser)
         bound = self.config.optimiser.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), bound)
-        *numbers, share, grad_norm = torch.stack([*means.values(), norm]).tolist()  # the host waits here alone
+        *numbers, share, grad_norm = torch.stack([*means.values(), norm]).tolist()
         losses = dict(zip(means, numbers, strict=False))
         unreadable = round(share * self.group.size)
         if not math.isfinite(grad_norm) or not all(map(math.isfinite, losses.values())):

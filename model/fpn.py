@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,13 @@ class FPN(nn.Module):
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
                 lateral = self.lateral[index](features[index])
-                with torch.autocast(lateral.device.type, enabled=False):  # or the nearest cells are made float32
-                    top_down = lateral.add_(F.interpolate(top_down, size=lateral.shape[-2:], mode="nearest"))
+                top_down = lateral.add_(_nearest(top_down, lateral.shape[-2:]))
             levels.insert(0, self.output[index](top_down))
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)
+
+
+def _nearest(x: Tensor, size: torch.Size) -> Tensor:
+    """(N, C, *size) in the dtype of `x`, which autocast would make float32."""
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, size=size, mode="nearest")

@@ -104,10 +104,10 @@ class TrainingForward(nn.Module):
             outputs = [self.network.rpn(level) for level in levels]
             proposals = self._train_rpn(outputs, levels, batch, losses)
         regions = self._sample(proposals, batch)
-        # Where the host waits for a GPU it does so here, and not once the heads are under way.
+        # What the host waits for a GPU to count it waits for here, and not once the heads are under way.
         positive = (regions.labels > 0).nonzero()[:, 0]
         positives = regions.only(positive)
-        num_positives = positives.image_index.bincount(minlength=len(batch.gt_boxes)).tolist()
+        num_positives = self._num_of_image(positives, batch) if self.network.mask_head is not None else []
         features = self._features(levels, regions, self.config.box_resolution)
         class_logits, deltas = self.network.box_head(features)
         gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
@@ -206,6 +206,12 @@ class TrainingForward(nn.Module):
             matches.gt_index[image_index, place],
             gt_labels[image_index, place],
         )
+
+    @staticmethod
+    def _num_of_image(regions: _Regions, batch: TrainingBatch) -> list[int]:
+        images = torch.arange(len(batch.gt_boxes), device=regions.image_index.device)
+        counts: list[int] = (regions.image_index == images[:, None]).sum(dim=1).tolist()
+        return counts
 
     def _mask_loss(
         self,

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from model import R18_FPN, Recipe
+from model import R18_FPN, ModelConfig, Recipe
 from model.ground_truth import GroundTruth, TrainingBatch, collate
-from model.packed_batch import pack
+from model.packed_batch import PackedBatch, pack
 from model.structures import ImageSize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,20 +70,51 @@ def _check(images: list[tuple[tuple[int, int], int]]) -> None:
     _assert_same(packed.to(DEVICE), collate(pixels, truths, **options))  # type: ignore[arg-type]
 
 
-def test_run_lengths_are_packed_as_the_bitmaps_they_are_of() -> None:
-    from pycocotools import mask as coco_mask
+def _packed(pixels: np.typing.NDArray[np.uint8], truth: GroundTruth, config: ModelConfig = CONFIG) -> PackedBatch:
+    packed = pack([pixels], [truth], config=config, recipe=Recipe())
+    assert isinstance(packed, PackedBatch)
+    return packed
 
+
+def test_a_batch_by_hand() -> None:
+    masks = torch.tensor([[[1, 0, 0, 1]], [[0, 1, 1, 1]], [[1, 1, 1, 1]]], dtype=torch.uint8)  # (3, 1, 4)
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 4, 3)
+    truth = GroundTruth(boxes=torch.zeros(3, 4), labels=torch.ones(3, dtype=torch.int64), masks=masks)
+    packed = _packed(pixels, truth)
+    assert packed.pixel_bytes.tolist() == list(range(12))
+    assert packed.mask_bits is not None
+    assert packed.mask_bits.tolist() == [0b10010111, 0b11110000]
+
+
+def test_run_lengths_are_packed_as_the_bitmaps_they_are_of() -> None:
     pixels, truth = _image((9, 13), 3, 1)
     assert isinstance(truth.masks, Tensor)
     encoded = replace(truth, masks=coco_mask.encode(np.asfortranarray(truth.masks.numpy().transpose(1, 2, 0))))
-    of_bitmaps, of_runs = (pack([pixels], [one], config=CONFIG, recipe=Recipe()) for one in (truth, encoded))
-    assert of_bitmaps.mask_bits is not None
-    assert of_runs.mask_bits is not None
-    assert torch.equal(of_bitmaps.mask_bits, of_runs.mask_bits)
+    of_bitmaps, of_runs = (_packed(pixels, one).mask_bits for one in (truth, encoded))
+    assert of_bitmaps is not None
+    assert of_runs is not None
+    assert torch.equal(of_bitmaps, of_runs)
 
 
 def test_without_a_mask_head_no_masks_travel() -> None:
     pixels, truth = _image((9, 13), 3, 1)
-    packed = pack([pixels], [truth], config=replace(CONFIG, mask_head="none"), recipe=Recipe())
+    packed = _packed(pixels, truth, replace(CONFIG, mask_head="none"))
     assert packed.mask_bits is None
     assert packed.to(DEVICE).masks is None
+
+
+def test_images_far_larger_than_the_input_travel_resized() -> None:
+    pixels, truth = _image((90, 130), 2, 1)  # into 32×40: 35,100 bytes, as floats 15,360
+    options = {"config": CONFIG, "recipe": Recipe()}
+    batch = pack([pixels], [truth], **options)  # type: ignore[arg-type]
+    assert isinstance(batch, TrainingBatch)
+    _assert_same(batch, collate([pixels], [truth], **options))  # type: ignore[arg-type]
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    pixels, truth = _image((9, 13), 1, 1)
+    with pytest.raises(ValueError, match="masks must have the size of their image"):
+        _packed(pixels, replace(truth, masks=torch.zeros(1, 13, 9, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="polygons; use collate"):
+        _packed(pixels, replace(truth, masks=[[np.zeros((3, 2))]]))
+    assert _packed(pixels, _image((9, 13), 0, 1)[1]).num_objects == [0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, ModelConfig, Recipe, roi_align, training
+from model import R18_FPN, R50_C4, ModelConfig, Recipe, roi_align, training
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -75,7 +75,7 @@ def objects(image: NDArray[np.uint8], *, seed: int, count: int = 6, num_classes:
     return GroundTruth(
         boxes=torch.tensor(boxes, dtype=torch.float32),
         labels=torch.tensor(generator.integers(1, num_classes, count)),
-        masks=torch.tensor(np.array(masks), dtype=torch.uint8),
+        masks=torch.tensor(np.array(masks).reshape(count, height, width), dtype=torch.uint8),
     )
 
 
@@ -233,33 +233,43 @@ def test_half_precision_keeps_losses_in_float32_and_near() -> None:
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("gpu", marks=pytest.mark.gpu)])
-def test_kernels_give_the_same_losses_and_gradients(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [
+        (SMALL, (3, 0)),
+        (SMALL, (0, 0)),
+        (replace(R50_C4(num_classes=4, min_size=64, max_size=96), body="resnet18", body_width=8), (2, 1)),
+        (replace(SMALL, mask_head="none", num_keypoints=3, keypoint_convs=1, keypoint_channels=16), (1, 1)),
+    ],
+    ids=["FPN", "no objects", "C4", "keypoints"],
+)
+def test_kernels_give_the_same_losses_and_gradients(
+    config: ModelConfig, counts: tuple[int, int], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # what a GPU runs, without one its kernels interpreted: proposals in fixed places, RoIAlign in one launch
-    forward = forward_of(SMALL, rpn_pre_nms=20, rpn_post_nms=10, box_samples=8)
-    truths = [objects(image, seed=seed, count=3, num_classes=4) for seed, image in enumerate(IMAGES)]
     device = torch.device("cuda" if torch.cuda.is_available() or where == "gpu" else "cpu")
-    forward.to(device)
-    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
-
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # a last bit would be a thousand of them
-
-    def of() -> tuple[dict[str, Tensor], list[Tensor]]:
-        forward.zero_grad(set_to_none=True)
-        losses: dict[str, Tensor] = forward(batch)
-        torch.autograd.backward(list(losses.values()))
-        return losses, [parameter.grad for parameter in forward.parameters() if parameter.grad is not None]
-
+    forward = forward_of(config, rpn_pre_nms=20, rpn_post_nms=10, box_samples=8).to(device)
+    truths = [
+        replace(objects(image, seed=seed, count=count, num_classes=4), keypoints=torch.ones(count, 3, 3))
+        for seed, (image, count) in enumerate(zip(IMAGES, counts, strict=True))
+    ]
+    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
     results = []
     for run in (False, True):
         for module in (training, roi_align):
             monkeypatch.setattr(module, "run_kernels_on", lambda device, run=run: run)
-        results.append(of())
+        forward.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = forward(batch)
+        torch.autograd.backward(list(losses.values()))
+        results.append((losses, {name: one.grad for name, one in forward.named_parameters() if one.grad is not None}))
     (expected, expected_gradients), (found, gradients) = results
     assert list(found) == list(expected)
+    assert list(gradients) == list(expected_gradients)
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=1e-7)
-    for mine, theirs in zip(gradients, expected_gradients, strict=True):
-        assert (mine - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
 
 
 def test_ground_truth_that_does_not_fit_is_refused() -> None:

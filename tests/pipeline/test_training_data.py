@@ -20,6 +20,7 @@ from model.ground_truth import TrainingBatch
 from model.initial_weights import initialise
 from model.losses import LossConfig
 from model.network import build_network
+from model.packed_batch import PackedBatch
 from model.training import TrainingForward
 from pipeline import storage
 from pipeline.augment import AugmentConfig
@@ -41,6 +42,11 @@ LOSSES = LossConfig(rpn_pre_nms=50, rpn_post_nms=30, box_samples=32)
 EVERYTHING = AugmentConfig(
     quarter_turns=True, min_sizes=(48, 64), scales=(0.8, 1.4), crop=72, brightness=0.3, contrast=0.3, saturation=0.3
 )
+LARGE: dict[str, Any] = {
+    "config": replace(SMALL, min_size=200, max_size=300),
+    "augment": AugmentConfig(quarter_turns=True, scales=(0.8, 1.1), crop=250, brightness=0.3),
+}
+"""Images of 360×480 are packed if the input is at least a quarter as large."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,6 +210,17 @@ def test_a_resumed_run_loads_what_it_would_have_loaded(dataset: CocoDataset, fol
     assert_same([again[part] for part in parts(again, 1, start=3)], whole[3:])
 
 
+def test_packed_batches_are_those_that_are_laid_out_before(dataset: CocoDataset, folder: Path, tmp_path: Path) -> None:
+    images, packing = (images_of(dataset, folder, tmp_path, packed=packed, **LARGE) for packed in (False, True))
+    for part in parts(images, 2):
+        assert isinstance(packing[part].batch, PackedBatch)
+        one, other = by_image([images[part]]), by_image([packing[part]])
+        for mine, theirs in zip(one, other, strict=True):
+            torch.testing.assert_close(mine.pop("pixels"), theirs.pop("pixels"), rtol=0, atol=5e-5)
+            assert all(torch.equal(mine[name], theirs[name]) for name in ("size", "boxes", "labels", "crowds", "masks"))
+            assert (mine["file_name"], mine["seed"]) == (theirs["file_name"], theirs["seed"])
+
+
 def test_an_image_is_changed_otherwise_in_another_epoch_and_by_another_seed(
     dataset: CocoDataset, folder: Path, tmp_path: Path
 ) -> None:
@@ -218,15 +235,18 @@ def test_an_image_is_changed_otherwise_in_another_epoch_and_by_another_seed(
         assert not torch.equal(laid_out(other).image_sizes, laid_out(first).image_sizes)
 
 
-@pytest.mark.parametrize("processes", [0, 1])
-def test_loading_ahead_changes_nothing(dataset: CocoDataset, folder: Path, tmp_path: Path, processes: int) -> None:
-    images = images_of(dataset, folder, tmp_path)
-    expected = [images[part] for part in parts(images, 5)]
+@pytest.mark.parametrize(("processes", "packed"), [(0, False), (1, False), (1, True)])
+def test_loading_ahead_changes_nothing(
+    dataset: CocoDataset, folder: Path, tmp_path: Path, processes: int, packed: bool
+) -> None:
+    images = images_of(dataset, folder, tmp_path, packed=packed, **(LARGE if packed else {}))
+    count = 1 if packed else 5  # laid out by interpreted kernels
+    expected = [images[part] for part in parts(images, count)]
     endless = images.parts(batch_size=4, start=0, rank=0, num_workers=1, accumulate=1)
-    loaded = list(itertools.islice(load_ahead(images, endless, processes), 5))
-    assert all(isinstance(one.batch, TrainingBatch) for one in loaded)
+    loaded = list(itertools.islice(load_ahead(images, endless, processes), count))
+    assert all(isinstance(one.batch, PackedBatch if packed else TrainingBatch) for one in loaded)
     assert_same(loaded, expected)
-    assert [one.unreadable for one in loaded] == [[]] * 5
+    assert [one.unreadable for one in loaded] == [[]] * count
 
 
 # --------------------------------------------------------------------------------------------------- unreadable images
