@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import ray
 import torch
@@ -131,9 +131,10 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         return sum(record.seconds for record in history.steps[warm:])
 
     def run_bare(make_trainee: MakeTrainee, output: Path) -> float:
-        return bare_training_peer.bare_seconds(
-            replace(training, output=str(output)), make_trainee, torch.device(device)
-        )
+        measure = bare_training_peer.bare_seconds
+        if "train" in config.parts:
+            measure = _as_worker(measure, device)
+        return measure(replace(training, output=str(output)), make_trainee, torch.device(device))
 
     trainees = {"maskline": our_trainee, "torchvision": torchvision_training_peer.torchvision_trainee}
     measured = [(part, run) for part, run in (("step", run_bare), ("train", run_loop)) if part in config.parts]
@@ -145,6 +146,19 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
     seconds = take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
     images = (steps - warm) * batch_size
     return [Row(part=part, system=system, images=images, seconds=times) for (part, system), times in seconds.items()]
+
+
+def _as_worker(measure: Callable[..., float], device: cluster.Device) -> Callable[..., float]:
+    """In a process such as the loop's workers are, beside the same others of Ray's."""
+    environment = {"env_vars": cluster.WORKER_ENVIRONMENT}
+    options = {"num_cpus": os.cpu_count(), "num_gpus": int(device == "cuda"), "max_calls": 1}
+    remote: Any = ray.remote(**options, runtime_env=environment)(measure)
+
+    def measure_there(*given: object) -> float:
+        seconds: float = ray.get(remote.remote(*given))
+        return seconds
+
+    return measure_there
 
 
 def _ratios(rows: list[Row]) -> dict[str, float]:

@@ -19,10 +19,10 @@ from jobs.benchmark_rows import Row, take_turns
 from jobs.segment import SegmentConfig, segment
 from model.structures import Detections, ImageSize
 from pipeline import cluster
+from pipeline.cluster import WORKER_ENVIRONMENT
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Pixels
 from pipeline.scenes import draw_scene
-from pipeline.workers import ACTOR_ENVIRONMENT
 
 PIPELINE_SHARD, MODEL_SHARD = 500, 10
 """Images in a shard, so that each run has several."""
@@ -81,7 +81,7 @@ def measure_end_to_end(folder: Path, work: Path, weights: Path, repeats: int, de
     )
     cpus = os.cpu_count() or 1
     loop = ray.remote(bare_loop_peer.ModelLoop).options(
-        num_cpus=0, num_gpus=0 if device == "cpu" else 1, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
+        num_cpus=0, num_gpus=0 if device == "cpu" else 1, runtime_env={"env_vars": WORKER_ENVIRONMENT}
     )
     paths = sorted(folder.iterdir())
 

@@ -71,6 +71,7 @@ def train(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> dict[
                 name=f"train-{os.getpid()}",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                worker_runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
             ),
         )
         try:
@@ -208,16 +209,15 @@ def _cpus(config: TrainConfig, device: cluster.Device) -> float:
 def _printed(events: Queue) -> Iterator[dict[str, Any]]:
     """Lines of the first worker are printed as they come; what it says last is kept by its kind."""
     last: dict[str, Any] = {}
-    ended = threading.Event()
 
     def follow() -> None:
         while True:
             try:
-                kind, said = events.get(timeout=0.5)
+                kind, said = events.get(timeout=10)
             except Empty:
-                if ended.is_set():
-                    return
                 continue
+            if kind == "end":
+                return
             if kind == "line":
                 print(said, flush=True)
             else:
@@ -228,8 +228,9 @@ def _printed(events: Queue) -> Iterator[dict[str, Any]]:
     try:
         yield last
     finally:
-        ended.set()
-        thread.join(timeout=30)
+        with contextlib.suppress(ray.exceptions.RayError):  # a cluster that is gone has nothing more to say
+            events.put(("end", None), timeout=10)
+            thread.join(timeout=30)
 
 
 @contextlib.contextmanager

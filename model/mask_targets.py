@@ -69,7 +69,19 @@ def resized(masks: Masks, from_size: ImageSize, to_size: ImageSize) -> Tensor | 
         raise ValueError(f"masks must have the size of their image {from_size}, got {tuple(bitmaps.shape[1:])}")
     if len(bitmaps) == 0:
         return bitmaps.new_zeros(0, *to_size)
-    return F.interpolate(bitmaps[:, None], size=to_size, mode="nearest")[:, 0]
+    return _nearest(bitmaps, to_size)
+
+
+def _nearest(bitmaps: Tensor, to_size: ImageSize) -> Tensor:
+    """(G, *to_size) of (G, H, W), as F.interpolate has it, which on a CPU takes three times as long."""
+    if bitmaps.device.type != "cpu":
+        return F.interpolate(bitmaps[:, None], size=to_size, mode="nearest")[:, 0]
+    rows, columns = (
+        F.interpolate(torch.arange(before, dtype=torch.float32).expand(1, 1, -1), size=after, mode="nearest")[0, 0]
+        for before, after in zip(bitmaps.shape[1:], to_size, strict=True)
+    )
+    resized = bitmaps.numpy().take(columns.numpy().astype(np.intp), axis=2).take(rows.numpy().astype(np.intp), axis=1)
+    return torch.from_numpy(resized)
 
 
 def flipped(masks: Masks, width: int) -> Tensor | Polygons:

@@ -156,7 +156,7 @@ def _turned_size(size: ImageSize, turns: int) -> ImageSize:
 
 def _window(pixels: Tensor, geometry: Geometry) -> Tensor:
     """(h, w, …) what an image or a mask (H, W, …) shows in the window."""
-    turned = torch.rot90(pixels, geometry.turns)
+    turned = torch.rot90(pixels, geometry.turns) if geometry.turns else pixels  # which would copy it
     mirrored = turned.flip(1) if geometry.flip else turned
     y1, x1, y2, x2 = geometry.window
     return mirrored[y1:y2, x1:x2]

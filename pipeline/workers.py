@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from pipeline import cluster
 from pipeline.errors import PipelineError
 from pipeline.model_thread import Segmenter
 from pipeline.segment_actor import SegmentActor
@@ -21,14 +22,6 @@ logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 """How long a wait lasts when nothing happens."""
-
-ACTOR_ENVIRONMENT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-}
-"""glibc gives large blocks back at once and faults each page in again, and in a thread's own arena it always does: a
-quarter of R50-FPN's time on a CPU, measured."""
 
 ACTOR_THREADS = 4
 """Calls an actor answers at once: two shards, ready, progress."""
@@ -124,7 +117,7 @@ class WorkerPool:
             max_concurrency=ACTOR_THREADS,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": ACTOR_ENVIRONMENT},
+            runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
         )
         self._arguments = (ray.put(load_segmenter), actor_config)
         self._failed_starts = 0
