@@ -321,7 +321,7 @@ def test_an_unreadable_image_adds_nothing_to_losses_or_gradients(
     assert losses == pytest.approx(expected, rel=1e-5)
     assert all(loss > 0 for loss in expected.values())
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm(), name  # another batch, other roundings
 
 
 def test_a_batch_of_unreadable_images_alone_has_no_loss_and_no_gradient(
