@@ -18,7 +18,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import model
-from jobs import evaluate as job
 from jobs.evaluate import EvaluateConfig, evaluate, main
 from model.structures import Detections, ImageSize
 from pipeline import decode
@@ -144,7 +143,7 @@ def test_the_table_scores_as_predict_and_pycocotools_by_hand(
     evaluation = evaluate(EvaluateConfig(annotations=str(truth), results=str(table)))
     assert set(evaluation.scores) == {"bbox", "segm"}
     for kind, found in evaluation.scores.items():
-        assert 0.05 < found.stats["AP"] < 1
+        assert 0.01 < found.stats["AP"] < 1  # twelve of a hundred detections of an image are right
         np.testing.assert_allclose(list(found.stats.values()), by_hand[kind], rtol=0, atol=1e-6)
         assert list(found.per_category) == list(IDS)
     assert (evaluation.num_images, evaluation.images_missing, evaluation.images_failed) == (8, [], [])
@@ -287,7 +286,7 @@ def as_detections(size: ImageSize, annotations: list[dict[str, Any]]) -> Detecti
 def test_it_prints_tables_that_fit(
     table: Path, truth: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "CATEGORY_LINES", 3)
+    monkeypatch.setattr("jobs.evaluation.CATEGORY_LINES", 3)
     main(EvaluateConfig(annotations=str(truth), results=str(table)))
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
