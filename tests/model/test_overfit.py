@@ -20,7 +20,8 @@ from pipeline.scenes import CATEGORIES, Scene, draw_scene
 from tests.reference.average_precision import average_precision
 
 SIZE = ImageSize(96, 128)
-STEPS = 320
+STEPS = {"keypoints": 450, "RoIPool": 1000}
+OTHER_STEPS = 320
 LEARNING_RATE = 2e-3
 NUM_POINTS = 5
 
@@ -63,7 +64,13 @@ LOSSES = LossConfig(
 )
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+QUICK = ("R18-FPN", "keypoints")
+"""Every head there is; the rest is learnt in `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS[name]
     scenes = [draw_scene(seed, SIZE) for seed in range(4)]
@@ -72,7 +79,7 @@ def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[st
     with torch.random.fork_rng():
         torch.manual_seed(0)
         forward = TrainingForward(network, config=config, recipe=RECIPE, losses=LOSSES)
-        history = _train(forward, scenes, num_steps=STEPS)
+        history = _train(forward, scenes, num_steps=STEPS.get(name, OTHER_STEPS))
     net = MaskRCNN(
         network, config=config, recipe=RECIPE, categories=dict(enumerate(CATEGORIES, 1)), name=name, sha256=""
     )
