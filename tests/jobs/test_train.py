@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import model
 from model import R18_FPN, Recipe
-from model.initial_weights import initialise
-from model.network import build_network
+from model.initial_weights import STD_BY_LAYER, initialise
+from model.network import Network, build_network
 from model.structures import ImageSize
 from model.weights import to_bytes
 from pipeline.coco import read_coco
@@ -56,12 +57,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     network = build_network(SMALL, Recipe())
     initialise(network, seed=0)
-    # A new network's proposals rank so near each other that the last bit decides, which two workers sum otherwise.
-    assert network.rpn is not None
-    network.rpn.objectness.weight.data.mul_(100)
+    _spread(network)
     categories = dict(enumerate(CATEGORIES, 1))
     (folder / "start.safetensors").write_bytes(to_bytes(network, SMALL, Recipe(), categories))
     return folder
+
+
+def _spread(network: Network) -> None:
+    """Larger weights than a new network has: it ranks all anchors so near each other that the last bit, which two
+    workers sum otherwise, would soon decide which proposals are trained on."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in network.tensors().items():
+        std = STD_BY_LAYER.get(name.rpartition(".")[0])
+        if value.dim() > 1 and std is not None:
+            torch.nn.init.normal_(value, std=std, generator=generator)
+        elif value.dim() > 1:
+            torch.nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu", generator=generator)
 
 
 def command(folder: Path, output: Path, *options: object) -> list[str]:
