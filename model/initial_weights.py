@@ -26,8 +26,8 @@ outputs make 1,024 outputs of 12,544 inputs five times as large: a first loss of
 
 
 def initialise(network: Network, seed: int) -> None:
-    """Set every parameter from `seed` alone: He's normal weights by outputs (He et al. 2015), where the scale is to be
-    kept those of a variance of one over the inputs, no biases, norms that change nothing."""
+    """Set every parameter from `seed` alone: He's normal weights by outputs (He et al. 2015), in layers of KEEP_SCALE
+    normal ones of variance one over the number of inputs, no biases, norms that change nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.tensors().items():
         layer = name.rpartition(".")[0]
