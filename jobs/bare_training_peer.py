@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import time
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ import model
 from jobs.train import prepare
 from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee
-from jobs.training_setup import autocast, loading_of, set_up_torch
+from jobs.training_setup import autocast, laid_out, loading_of, set_up_torch, weights_dtype
 from model.ground_truth import TrainingBatch
 from model.optimiser import build_optimiser
 from pipeline.training_data import TrainingImages
@@ -34,7 +33,7 @@ def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.d
     set_up_torch(config, device, os.cpu_count() or 1)
     start = model.load(task.weights)
     trainee = make_trainee(start, config, WorkerGroup(), device)
-    network = trainee.network.to(memory_format=torch.channels_last)
+    network = trainee.network.to(weights_dtype(config)).to(memory_format=torch.channels_last)
     optimiser = build_optimiser(network, config.optimiser)
     batches = _batches(TrainingImages(task.train, loading_of(task, start, device)), task.num_steps, config, device)
     began = 0.0
@@ -56,8 +55,7 @@ def _batches(images: TrainingImages, count: int, config: TrainConfig, device: to
     """On the device, channels-last as the loop makes them; each of the images once, then the same batches again."""
     parts = images.parts(batch_size=config.batch_size, start=0, rank=0, num_workers=1, accumulate=1)
     num_kept = min(count, max(1, len(images) // config.batch_size))
-    kept = [images[part].batch.to(device) for part in itertools.islice(parts, num_kept)]
-    kept = [replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last)) for batch in kept]
+    kept = [laid_out(images[part].batch.to(device), config) for part in itertools.islice(parts, num_kept)]
     return list(itertools.islice(itertools.cycle(kept), count))
 
 

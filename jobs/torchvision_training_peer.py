@@ -47,6 +47,8 @@ _LOSS_NAMES = {
 
 def torchvision_trainee(start: MaskRCNN, config: TrainConfig, group: WorkerGroup, device: torch.device) -> Trainee:
     """torchvision's network of the starting one's config; each worker's losses are means over its own images."""
+    if config.precision == "fp64":
+        raise ConfigError("the torchvision peer trains in fp32 or bf16, not in fp64")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = _build(start, config.losses).to(device)

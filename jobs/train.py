@@ -161,6 +161,8 @@ def _check_trainable(config: TrainConfig, start: StartingNetwork, val: CocoDatas
         raise ConfigError("a Fast R-CNN needs proposals, which a COCO file does not hold; start from one with an RPN")
     if start.config.norm == "sync" and cluster.choose_device(config.device, config.address) == "cpu":
         raise ConfigError("norm sync needs device cuda; use --norm group, or batch")
+    if config.precision == "fp64" and cluster.choose_device(config.device, config.address) == "cuda":
+        raise ConfigError("precision fp64 needs device cpu; use fp32 or bf16 on a GPU")
     if val is not None:
         category_mapping(start.categories, val.categories)
     try:

@@ -53,8 +53,9 @@ class TrainConfig:
     """CPUs a worker asks of Ray and computes with; by default its share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the workers compute."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast: convolutions and products in bfloat16, weights and losses in float32. auto is bf16 on cuda."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """bf16 is autocast: convolutions and products in bfloat16, weights and losses in float32. auto is bf16 on cuda,
+    else fp32. fp64, for comparisons on a CPU, keeps roundings so small that they do not come to be seen."""
     deterministic: bool = False
     """On a GPU: algorithms that give the same sums each time, slower."""
 

@@ -11,7 +11,6 @@ import copy
 import math
 import resource
 import time
-from dataclasses import replace
 
 import ray
 import ray.train
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from jobs.training_setup import Task, autocast, loader_processes, loading_of, set_up_torch
+from jobs.training_setup import Task, autocast, laid_out, loader_processes, loading_of, set_up_torch, weights_dtype
 from model import MaskRCNN
 from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
 from pipeline import checkpoints
@@ -48,7 +47,7 @@ class Training:
         set_up_torch(self.config, self.device, ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         start = model.load(task.weights)
         self.trainee = task.make_trainee(start, self.config, self.group, self.device)
-        self.network = self.trainee.network.to(memory_format=torch.channels_last)
+        self.network = self.trainee.network.to(weights_dtype(self.config)).to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network) if self.config.optimiser.ema else self.network
         self.optimiser = build_optimiser(self.network, self.config.optimiser)
         self.output = TrainingOutput(
@@ -174,9 +173,7 @@ class Training:
             is_last = turn + 1 == self.config.accumulate
             with contextlib.nullcontext() if is_last or self.group.size == 1 else self.forward.no_sync():  # type: ignore[operator]
                 with autocast(self.config, self.device):
-                    batch = loaded[-1].batch.to(self.device)
-                    pixels = batch.pixels.contiguous(memory_format=torch.channels_last)
-                    losses = self.forward(replace(batch, pixels=pixels))
+                    losses = self.forward(laid_out(loaded[-1].batch.to(self.device), self.config))
                 total = torch.stack(list(losses.values())).sum() / self.config.accumulate
                 total.backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee
 from model import MaskRCNN, packed_batch
+from model.ground_truth import TrainingBatch
 from pipeline.coco import CocoDataset
 from pipeline.training_data import Loading
 
@@ -44,10 +45,19 @@ def set_up_torch(config: TrainConfig, device: torch.device, cpus: float) -> None
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Of the forward pass, by the config's precision."""
-    precision: Literal["fp32", "bf16"] = "bf16" if device.type == "cuda" else "fp32"
-    if config.precision != "auto":
-        precision = config.precision
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    is_bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if is_bf16 else contextlib.nullcontext()
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Of the network that is trained, and of the pixels that enter it."""
+    return torch.float64 if config.precision == "fp64" else torch.float32
+
+
+def laid_out(batch: TrainingBatch, config: TrainConfig) -> TrainingBatch:
+    """With the pixels as the network wants them."""
+    pixels = batch.pixels.to(weights_dtype(config), memory_format=torch.channels_last)
+    return replace(batch, pixels=pixels)
 
 
 def loading_of(task: Task, start: MaskRCNN, device: torch.device) -> Loading:

@@ -139,7 +139,7 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     scores and boxes hang on them. The mask head is never exact; a mask's threshold is not that sharp.
     """
     _check_run(device, precision, exact=exact)
-    running = copy.deepcopy(network).eval()
+    running = copy.deepcopy(network).float().eval()
     if running.mask_head is not None:
         running.mask_head = _channels_last(folded(running.mask_head))
     if not exact:

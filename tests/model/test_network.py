@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,14 @@ def test_in_bf16_the_outputs_of_the_box_head_stay_float32(small_net: MaskRCNN) -
     full = [name for name, value in running.named_parameters() if value.dtype == torch.float32]
     assert full == [f"box_head.{layer}.{name}" for layer in ("class_logits", "deltas") for name in ("weight", "bias")]
     assert {value.dtype for value in small_net.running.parameters()} == {torch.float32}
+
+
+def test_a_network_trained_in_float64_runs_in_float32(small_net: MaskRCNN) -> None:
+    running = ready_to_run(copy.deepcopy(small_net.network).double(), CPU, "fp32", exact=True)
+    expected = ready_to_run(small_net.network, CPU, "fp32", exact=True).state_dict()
+    found = running.state_dict()
+    assert {value.dtype for value in running.parameters()} == {torch.float32}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
