@@ -28,9 +28,9 @@ WARM_STEPS = 3
 
 
 def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.device) -> float:
-    """Of the run's steps but the first few, on a thread for each CPU, as Ray counts them too."""
+    """Of the run's steps but the first few, on a thread for each CPU of a worker, by default as many as Ray counts."""
     task = prepare(config, make_trainee)
-    set_up_torch(config, device, os.cpu_count() or 1)
+    set_up_torch(config, device, config.cpus_per_worker or os.cpu_count() or 1)
     start = model.load(task.weights)
     trainee = make_trainee(start, config, WorkerGroup(), device)
     network = trainee.network.to(weights_dtype(config)).to(memory_format=torch.channels_last)

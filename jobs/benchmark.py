@@ -89,6 +89,8 @@ class BenchmarkConfig:
     """For the parts that train: the norm of the body, as of `maskline train`."""
     train_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """For the parts that train; by default 16 on cuda and 8 on a CPU."""
+    train_cpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """For the parts that train: CPUs the network computes on; by default all, which it then shares with the rest."""
     weights: str | None = None
     """For the end to end part; without it, a random R50-FPN that finds something in every image."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -118,6 +120,7 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         output="",
         model=config.train_model,
         norm=config.train_norm,
+        cpus_per_worker=config.train_cpus,
         batch_size=batch_size,
         epochs=steps * batch_size / TRAINED_IMAGES,
         device=device,
