@@ -13,6 +13,8 @@ from model.structures import Detections
 
 MATCHED_IOU = 0.9
 """Of the boxes of two detections of one label that count as the same."""
+SURE, KEPT_SCORE, KEPT_MASK_IOU = 0.3, 0.02, 0.95
+"""From which score on detections must be kept, and by how much their score and their mask may then change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,20 @@ def agreement(found: Sequence[Detections], reference: Sequence[Detections], *, m
         score=float(np.quantile(scores, 0.99)) if scores else 0.0,
         mask_iou=float(np.quantile(masks, 0.01)) if masks else 1.0,
     )
+
+
+def share_kept(found: Sequence[Detections], reference: Sequence[Detections]) -> float:
+    """Of the reference's detections from the score SURE on, those that have a counterpart of nearly the same box, score
+    and mask; 1 where there are none."""
+    kept = total = 0
+    for ours, theirs in zip(found, reference, strict=True):
+        wanted = np.flatnonzero(theirs.scores >= SURE)
+        total += len(wanted)
+        for one, other in _pairs(ours, theirs, wanted):
+            same_score = abs(float(ours.scores[one] - theirs.scores[other])) <= KEPT_SCORE
+            masks_iou = coco_mask.iou([ours.masks[one]], [theirs.masks[other]], [0])[0, 0] if theirs.masks else 1.0
+            kept += same_score and masks_iou >= KEPT_MASK_IOU
+    return kept / total if total else 1.0
 
 
 def _pairs(ours: Detections, theirs: Detections, wanted: NDArray[np.int64]) -> list[tuple[int, int]]:

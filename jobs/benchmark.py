@@ -7,6 +7,8 @@
 - ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
 - ``model_vs_torchvision``: pixels in memory to run lengths, of the same images with the same weights, against
   torchvision's network in float32; its other forms and ours are rows beside it.
+- ``model_vs_detectron2``: the same with detectron2's own R50-FPN, where it is installed.
+- ``bf16_box_ap_points``, ``bf16_mask_ap_points``, ``bf16_kept``: what bf16 changes in the answers of trained weights.
 - ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
   network of the same shape with its losses.
 - ``train_vs_bare_step``: the loop of ``maskline train`` against our steps alone; ``train_vs_torchvision``: against
@@ -18,6 +20,7 @@ The start of Ray and of the model is left out on all sides; listing and planning
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -38,15 +41,11 @@ from rich.table import Table
 from jobs import bare_loop_peer, bare_training_peer, ray_data_peer, torchvision_training_peer
 from jobs.benchmark_rows import Row, take_turns
 from jobs.command import run
-from jobs.model_benchmark import (
-    ModelBenchmark,
-    ModelRow,
-    TorchvisionForm,
-    measure_model,
-    model_ratios,
-    model_table,
-)
+from jobs.model_benchmark import ModelRow, measure_model
+from jobs.model_systems import ModelBenchmark, Peer
+from jobs.model_tables import model_ratios, model_table, speed_picture, stage_table
 from jobs.pipeline_benchmark import copy_images, measure_end_to_end, measure_pipeline, random_weights
+from jobs.precision_benchmark import PrecisionRow, measure_precision, precision_ratios, precision_table
 from jobs.starting_network import ModelName
 from jobs.train import train
 from jobs.train_config import TrainConfig
@@ -57,7 +56,7 @@ from pipeline.errors import ConfigError
 from pipeline.scenes import write_archive
 from pipeline.training_log import History
 
-Part = Literal["model", "step", "train", "pipeline", "end_to_end"]
+Part = Literal["model", "precision", "step", "train", "pipeline", "end_to_end"]
 
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
@@ -68,7 +67,7 @@ class BenchmarkConfig:
     """Measure maskline against named peers in one run."""
 
     parts: tuple[Part, ...] = ("model", "step", "train", "pipeline", "end_to_end")
-    """What to measure; model and step do without Ray."""
+    """What to measure; model, precision and step do without Ray. Precision wants annotations."""
     images: str | None = None
     """A folder of JPEGs; without it, scenes of 640×480 are drawn."""
     num_images: int = 5_000
@@ -79,8 +78,11 @@ class BenchmarkConfig:
     """For the model part; by default 16 on cuda and 1 on a CPU."""
     min_size: int = 800
     """For the model part: the short side of its input, pixels."""
-    model_peers: tuple[TorchvisionForm, ...] = ("eager", "bf16")
-    """For the model part: the forms of torchvision's network; compiling it takes minutes."""
+    model_peers: tuple[Peer, ...] = ("eager", "bf16")
+    """For the model part: the forms of torchvision's network, compiling which takes minutes, and detectron2's where it
+    is installed."""
+    picture: str | None = None
+    """For the model part: where a picture of its speeds goes, .png."""
     train_steps: int = 24
     """For the parts that train, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
@@ -92,7 +94,12 @@ class BenchmarkConfig:
     train_cpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """For the parts that train: CPUs the network computes on; by default all, which it then shares with the rest."""
     weights: str | None = None
-    """For the end to end part; without it, a random R50-FPN that finds something in every image."""
+    """For the end to end part, where without it there is a random R50-FPN that finds something in every image, and for
+    the precision part, where it is the shipped nuclei."""
+    annotations: str | None = None
+    """For the precision part: a COCO file."""
+    annotated_images: str | None = None
+    """What its file names are relative to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """For the parts with a model."""
     repeats: int = 3
@@ -105,6 +112,12 @@ class BenchmarkConfig:
             raise ConfigError(
                 f"train_steps must be above {bare_training_peer.WARM_STEPS}, the first steps, which do not count; "
                 f"got {self.train_steps}"
+            )
+        if "precision" in self.parts and (self.annotations is None or self.annotated_images is None):
+            raise ConfigError("part precision needs --annotations and --annotated-images, a COCO file and its images")
+        if "detectron2" in self.model_peers and importlib.util.find_spec("detectron2") is None:
+            raise ConfigError(
+                "detectron2 is not installed; leave it out of --model-peers, or put a checkout of it on PYTHONPATH"
             )
 
 
@@ -183,14 +196,22 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
 
 def main(config: BenchmarkConfig) -> None:
     """The command: measure, and print rates and ratios."""
-    if set(config.parts) - {"model", "step"}:
+    if set(config.parts) - {"model", "precision", "step"}:
         cluster.connect(None)
     rows: list[Row] = []
     model_rows: list[ModelRow] = []
+    precision_rows: list[PrecisionRow] = []
     with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
         work = Path(name)
         if "model" in config.parts:
             model_rows = measure_model(_model_setting(config, work), bare_loop_peer.read_pixels)
+        if config.annotations is not None and config.annotated_images is not None and "precision" in config.parts:
+            precision_rows = measure_precision(
+                config.weights or "nuclei",
+                config.annotations,
+                config.annotated_images,
+                torch.device(cluster.choose_device(config.device, None)),
+            )
         if {"step", "train"} & set(config.parts):
             rows += measure_training(config, work)
         if "pipeline" in config.parts:
@@ -202,7 +223,7 @@ def main(config: BenchmarkConfig) -> None:
             folder = copy_images(config.images, work / "few", config.num_model_images)
             device = cluster.choose_device(config.device, None)
             rows += measure_end_to_end(folder, work, _weights(config, work), config.repeats, device)
-    _print(rows, model_rows, config)
+    _print(rows, model_rows, precision_rows, config)
 
 
 def _model_setting(config: BenchmarkConfig, work: Path) -> ModelBenchmark:
@@ -213,7 +234,7 @@ def _model_setting(config: BenchmarkConfig, work: Path) -> ModelBenchmark:
         device=torch.device(device),
         batch_size=config.batch_size or (16 if device == "cuda" else 1),
         repeats=config.repeats,
-        forms=config.model_peers,
+        peers=config.model_peers,
         min_size=config.min_size,
     )
 
@@ -222,7 +243,9 @@ def _weights(config: BenchmarkConfig, work: Path) -> Path:
     return random_weights(work, config.images) if config.weights is None else Path(config.weights)
 
 
-def _print(rows: list[Row], model_rows: list[ModelRow], config: BenchmarkConfig) -> None:
+def _print(
+    rows: list[Row], model_rows: list[ModelRow], precision_rows: list[PrecisionRow], config: BenchmarkConfig
+) -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
@@ -235,12 +258,17 @@ def _print(rows: list[Row], model_rows: list[ModelRow], config: BenchmarkConfig)
         Console().print(table)
     if model_rows:
         Console().print(model_table(model_rows))
-    ratios = _ratios(rows) | model_ratios(model_rows)
+        Console().print(stage_table(model_rows))
+        if config.picture is not None:
+            Path(config.picture).write_bytes(speed_picture(model_rows, f"{machine}; {versions}"))
+    if precision_rows:
+        Console().print(precision_table(precision_rows))
+    ratios = _ratios(rows) | model_ratios(model_rows) | precision_ratios(precision_rows)
     for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.2f}")
+        print(f"{name}: {ratio:.3g}")
     if config.json:
         details = [{**vars(row), "images_per_second": row.images_per_second} for row in rows]
-        details += [row.to_json() for row in model_rows]
+        details += [row.to_json() for row in model_rows] + [row.to_json() for row in precision_rows]
         print(json.dumps({**ratios, "rows": details, "machine": machine, "versions": versions}))
 
 

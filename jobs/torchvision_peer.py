@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from jobs.stage_times import Telling, hooked
 from model import Detections, ImageSize, Rle, random_weights
+from model.stages import AfterStage, Stage
 
 Output = dict[str, Tensor]
 Pixels = NDArray[np.uint8]
@@ -88,6 +90,26 @@ def predict_batches(
         return [found for batch in batches for found in of_batch(batch)]
 
     return detect
+
+
+def telling(network: Any) -> Telling:
+    """Its stages; resizing boxes back and pasting are the last."""
+
+    def tell(after: AfterStage) -> AbstractContextManager[None]:
+        heads = network.roi_heads
+        ends: dict[nn.Module, Stage] = {
+            network.transform: "resize and normalise",
+            network.backbone: "body and pyramid",
+            network.rpn.head: "RPN head",
+            network.rpn: "proposals",
+            heads.box_roi_pool: "RoIAlign for boxes",
+            heads.box_predictor: "box head",
+            heads.mask_roi_pool: "RoIAlign for masks",
+            heads.mask_predictor: "mask head",
+        }
+        return hooked(after, ends=ends, begins={heads.mask_roi_pool: "detections"})
+
+    return tell
 
 
 def _encoded(output: dict[str, torch.Tensor], size: ImageSize) -> Detections:

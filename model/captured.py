@@ -25,6 +25,7 @@ from model.fixed_forward import FixedInputs, FixedOutputs, detect_fixed
 from model.network import Network
 from model.raw_detections import MaskTexts, Pending, RawDetections
 from model.recipe import Recipe
+from model.stages import AfterStage, nothing
 from model.structures import ImageSize
 
 MAX_GRAPHS = 64
@@ -102,10 +103,12 @@ class CapturedDetector:
         resized: Sequence[ImageSize],
         padded: ImageSize,
         score_threshold: float,
+        after: AfterStage = nothing,
     ) -> RawDetections:
-        """Start a batch of images of one padded size."""
+        """Start a batch of images of one padded size; no graph is replayed for who wants its stages."""
         with self._lock, torch.cuda.stream(self._stream):
-            found = _to_host(self._run(self._sent(images, resized, padded, score_threshold)))
+            sent = self._sent(images, resized, padded, score_threshold)
+            found = _to_host(self._run(sent) if after is nothing else self._run_once(sent, after))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return RawDetections(
@@ -156,14 +159,18 @@ class CapturedDetector:
             self._graphs[key] = self._captured(*key)
         else:  # a capture costs more than some runs, and many shapes come once
             self._seen.add(key)
-            once = self._new_inputs(*key)
-            self._fill(once, inputs)
-            with fastest_kernels():
-                return self._forward(once)
+            return self._run_once(inputs, nothing)
         graph = self._graphs[key]
         self._fill(graph.inputs, inputs)
         graph.graph.replay()
         return graph.outputs
+
+    def _run_once(self, host: _HostInputs, after: AfterStage) -> FixedOutputs:
+        inputs = self._new_inputs(host.num_places, host.padded)
+        self._fill(inputs, host)
+        after("resize and normalise")
+        with fastest_kernels():
+            return self._forward(inputs, after=after)
 
     def _captured(self, num_places: int, padded: ImageSize) -> _Graph:
         """A graph for this shape, in place of others where there is no room."""

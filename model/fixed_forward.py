@@ -7,7 +7,7 @@ What `captured.py` captures. The same as `MaskRCNN._detect`, whose shapes hang o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from model.pooling import image_of_place
 from model.raw_detections import MaskTexts
 from model.recipe import Recipe
 from model.roi_align import assign_levels
+from model.stages import AfterStage, nothing
 from model.structures import ImageSize
 
 RUNS_PER_IMAGE, TEXT_PER_IMAGE = 200_000, 400_000
@@ -53,10 +54,6 @@ class FixedOutputs(NamedTuple):
     mask_texts: MaskTexts | None = None
 
 
-def nothing(stage: str) -> None:
-    """For who does not want to know where the forward is."""
-
-
 @torch.inference_mode()
 def detect_fixed(
     network: Network,
@@ -65,7 +62,7 @@ def detect_fixed(
     cells: Sequence[Tensor],
     config: ModelConfig,
     recipe: Recipe,
-    after: Callable[[str], None] = nothing,
+    after: AfterStage = nothing,
 ) -> FixedOutputs:
     """The detections; `after` is told each stage that has been started."""
     from model.kernels.nms import sorted_nms

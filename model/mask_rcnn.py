@@ -26,6 +26,7 @@ from model.pooling import image_of_place, pool_regions
 from model.raw_detections import RawDetections
 from model.recipe import Recipe
 from model.rpn import Proposals, propose
+from model.stages import AfterStage, nothing
 from model.structures import Detections, ImageSize
 
 # N images, P proposals and D detections of an image, M mask side, K keypoints.
@@ -76,6 +77,8 @@ class MaskRCNN:
         self._captured: CapturedDetector | None = None
         if can_capture(self.running, config, recipe):
             self._captured = CapturedDetector(self.running, self._cells, config=config, recipe=recipe)
+        self.after: AfterStage = nothing
+        """Is told the stages of `detect` and `encode`; a GPU then replays no graphs."""
         self.num_repeated = 0
         """Batches that were detected again because fixed shapes did not hold all that might matter."""
 
@@ -123,7 +126,7 @@ class MaskRCNN:
         if self._captured is not None and proposals is None:
             sizes = [_size_of(image) for image in images]
             resized = [self._resized_size(size) for size in sizes]
-            return self._captured.detect(images, resized, self._common_padded_size(sizes), threshold)
+            return self._captured.detect(images, resized, self._common_padded_size(sizes), threshold, self.after)
         return self._detect(images, threshold, proposals=proposals)
 
     def _detect(
@@ -142,8 +145,10 @@ class MaskRCNN:
         pixels = transform.to_input(images, resized, padded=padded, recipe=self.recipe, device=self.device)
         resized_sizes = torch.tensor(resized, dtype=torch.float32, device=self.device)  # (N, 2)
         image_sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (N, 2)
+        self.after("resize and normalise")
 
         levels = self.running.features(self._laid_out(pixels))
+        self.after("body and pyramid")
         regions = self._propose(levels, padded, resized_sizes)
         if regions is None:
             regions = self._given(proposals, resized_sizes / image_sizes)
@@ -171,21 +176,27 @@ class MaskRCNN:
             self.num_repeated += 1
             raws = [self._detect([image], pending.score_threshold) for image in pending.images]
             return [found for one in raws for found in self.encode(one, score_threshold)]
-        return raw_detections.encode(raw, score_threshold, recipe=self.recipe, categories=self.categories)
+        found = raw_detections.encode(raw, score_threshold, recipe=self.recipe, categories=self.categories)
+        self.after("paste and run lengths")
+        return found
 
     def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals | None:
         rpn = self.running.rpn
         if rpn is None:
             return None
         grids = [ImageSize(*level.shape[-2:]) for level in levels]
-        return propose(
-            [rpn(level) for level in levels],
+        outputs = [rpn(level) for level in levels]
+        self.after("RPN head")
+        proposals = propose(
+            outputs,
             self._cells,
             grids=grids,
             strides=cell_strides(padded, grids, rule=self.recipe.anchor_strides),
             image_sizes=resized_sizes,
             recipe=self.recipe,
         )
+        self.after("proposals")
+        return proposals
 
     def _given(self, proposals: Sequence[Boxes] | None, ratios: Tensor) -> Proposals:
         """Proposals in the images' frames, brought to that of the input."""
@@ -206,8 +217,10 @@ class MaskRCNN:
     ) -> Chosen:
         boxes, image_index = proposals.boxes.flatten(0, 1), image_of_place(proposals.valid)  # (N P, 4), (N P,)
         region_features = self._region_features(levels, boxes, image_index, self.config.box_resolution)
+        self.after("RoIAlign for boxes")
         class_logits, deltas = self.running.box_head(region_features)
-        return choose(
+        self.after("box head")
+        chosen = choose(
             class_logits,
             deltas,
             proposals,
@@ -215,6 +228,8 @@ class MaskRCNN:
             score_threshold=threshold,
             recipe=self.recipe,
         )
+        self.after("detections")
+        return chosen
 
     def _mask_logits(self, levels: Sequence[Tensor], chosen: Chosen) -> Tensor | None:
         """(N, D, M, M); the head sees only the places that are filled."""
@@ -224,8 +239,10 @@ class MaskRCNN:
         image_index, place = chosen.valid.nonzero(as_tuple=True)
         boxes, labels = chosen.boxes[image_index, place], chosen.labels[image_index, place]
         features = self._region_features(levels, boxes, image_index, self.config.mask_resolution, exact=False)
+        self.after("RoIAlign for masks")
         mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, side, side)
         mask_logits[image_index, place] = head(features, labels)
+        self.after("mask head")
         return mask_logits
 
     def _keypoints(self, levels: Sequence[Tensor], chosen: Chosen, ratios: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from jobs.agreement import agreement
+from jobs.agreement import agreement, share_kept
 from model.structures import Detections, ImageSize
 
 
@@ -46,3 +46,16 @@ def test_each_detection_counts_once_and_low_scores_not_at_all() -> None:
     twice = [_squares((0, 0), (0, 0))]
     assert agreement([_squares((0, 0))], twice).matched == 0.5
     assert agreement([_squares((0, 0))], twice, min_score=0.85).matched == 1.0
+
+
+def test_a_detection_is_kept_with_nearly_its_score_and_its_mask() -> None:
+    reference = _squares((0, 0), (20, 20))
+    assert share_kept([reference], [reference]) == 1.0
+    lower = reference.scores - np.array([0.01, 0.03], dtype=np.float32)
+    assert share_kept([replace(reference, scores=lower)], [reference]) == 0.5
+    wrong_masks = [reference.masks[0], reference.masks[0]]
+    assert share_kept([replace(reference, masks=wrong_masks)], [reference]) == 0.5
+    assert share_kept([_squares((0, 0))], [reference]) == 0.5
+    unsure = replace(reference, scores=np.array([0.9, 0.29], dtype=np.float32))
+    assert share_kept([_squares((0, 0))], [unsure]) == 1.0
+    assert share_kept([_squares()], [_squares()]) == 1.0

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 import model
+from jobs.detectron2_peer import CONFIGS, detectron2_network, predict, published
 from tests.model.conftest import coco_paths, read_image
 from tests.reference import parity
-from tests.reference.detectron2_networks import CONFIGS, detectron2_network, predict, published
 
 pytest.importorskip("detectron2")
 

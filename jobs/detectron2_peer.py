@@ -1,6 +1,8 @@
-"""detectron2's own networks with seeded random weights under which every image has detections.
+"""The peer of ``maskline benchmark``'s model part where detectron2 is installed, and what tests agree with.
 
-They run on the CPU, where nothing of detectron2's compiled part is called: a checkout on the path does.
+Its own networks, with seeded random weights under which every image has detections.
+
+On the CPU nothing of detectron2's compiled part is called: a checkout on the path does.
 """
 
 # D detections, M mask side, K keypoints.
@@ -8,6 +10,8 @@ They run on the CPU, where nothing of detectron2's compiled part is called: a ch
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from model import random_weights
+from jobs.stage_times import Telling, hooked
+from model import Detections, ImageSize, Rle, random_weights
+from model.stages import AfterStage, Stage
 
 Output = dict[str, Tensor]
 
@@ -77,6 +84,56 @@ def predict(theirs: Detectron2Network, image: NDArray[np.uint8]) -> Output:
         output["keypoints"] = found.pred_keypoints  # (D, K, 3)
         output["keypoints_scores"] = found.pred_keypoints[:, :, 2]  # (D, K)
     return output
+
+
+def predict_batches(theirs: Detectron2Network) -> Callable[[Sequence[Sequence[NDArray[np.uint8]]]], list[Detections]]:
+    """Its inference with its paste, then run lengths as its COCOEvaluator encodes them."""
+
+    @torch.inference_mode()
+    def of_batch(batch: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        outputs = theirs.network.inference([_inputs(theirs, image) for image in batch])
+        sizes = [ImageSize(*image.shape[:2]) for image in batch]
+        return [_encoded(output["instances"], size) for output, size in zip(outputs, sizes, strict=True)]
+
+    return lambda batches: [found for batch in batches for found in of_batch(batch)]
+
+
+def telling(theirs: Detectron2Network) -> Telling:
+    """Its stages; boxes brought to the image and pasting are the last."""
+
+    def tell(after: AfterStage) -> AbstractContextManager[None]:
+        network = theirs.network
+        heads = network.roi_heads
+        ends: dict[nn.Module, Stage] = {
+            network.backbone: "body and pyramid",
+            network.proposal_generator.rpn_head: "RPN head",
+            network.proposal_generator: "proposals",
+            heads.box_pooler: "RoIAlign for boxes",
+            heads.box_predictor: "box head",
+            heads.mask_pooler: "RoIAlign for masks",
+            heads.mask_head: "mask head",
+        }
+        begins: dict[nn.Module, Stage] = {network.backbone: "resize and normalise", heads.mask_pooler: "detections"}
+        return hooked(after, ends=ends, begins=begins)
+
+    return tell
+
+
+def _encoded(instances: Any, size: ImageSize) -> Detections:
+    masks: list[Rle] = [
+        coco_mask.encode(np.array(mask[:, :, None], order="F", dtype=np.uint8))[0]
+        for mask in instances.pred_masks.cpu().numpy()
+    ]
+    labels = instances.pred_classes.cpu().numpy() + 1
+    return Detections(
+        size=size,
+        boxes=instances.pred_boxes.tensor.cpu().numpy(),
+        scores=instances.scores.cpu().numpy(),
+        category_ids=labels,
+        categories=[str(label) for label in labels],
+        masks=masks,
+        areas=coco_mask.area(masks).astype(np.int64),
+    )
 
 
 def published(theirs: Detectron2Network) -> bytes:

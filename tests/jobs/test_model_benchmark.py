@@ -1,0 +1,87 @@
+"""The model part of the benchmark on small inputs: every system measured, told by stages, and in agreement."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from jobs.model_benchmark import ModelRow, measure_model, product_tflops
+from jobs.model_systems import REFERENCE, ModelBenchmark
+from jobs.model_tables import model_ratios, model_table, speed_picture, stage_table
+from model.stages import STAGES
+
+BFLOAT16 = "maskline, bf16"
+FLOAT32 = "maskline, float32"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[ModelRow]:
+    benchmark = ModelBenchmark(
+        paths=[Path("0")],
+        device=torch.device("cpu"),
+        batch_size=1,
+        repeats=1,
+        peers=("eager", "bf16"),
+        min_size=128,
+        max_size=256,
+    )
+    return measure_model(benchmark, _noise)
+
+
+def _noise(path: Path) -> NDArray[np.uint8]:
+    blocks = np.random.default_rng(int(path.name)).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(blocks).resize((160, 120), Image.Resampling.BICUBIC))
+
+
+def test_each_setting_has_each_system(rows: list[ModelRow]) -> None:
+    systems = [REFERENCE, "torchvision, autocast bf16", FLOAT32, BFLOAT16]
+    assert [(row.setting, row.system) for row in rows] == [
+        (setting, system) for setting in ("many", "few") for system in systems
+    ]
+    many, few = rows[0], rows[len(systems)]
+    assert many.detections > 50
+    assert 5 <= few.detections <= 20
+    assert all(row.images_per_second == pytest.approx(1 / row.seconds[0]) for row in rows)
+
+
+def test_float32_agrees_and_bf16_stays_near(rows: list[ModelRow]) -> None:
+    for row in rows:
+        if row.system in (REFERENCE, FLOAT32):
+            assert row.agreement.matched == 1.0
+            assert row.agreement.box < 1e-3
+            assert row.agreement.mask_iou > 0.99
+    assert rows[0].agreement.detections == rows[0].detections
+
+
+def test_stages_make_up_the_time(rows: list[ModelRow]) -> None:
+    for row in rows:
+        assert set(row.stage_milliseconds) == set(STAGES)
+        assert all(milliseconds > 0 for milliseconds in row.stage_milliseconds.values()), row
+        total = sum(row.stage_milliseconds.values())
+        assert 0.3 < total / (1e3 / row.images_per_second) < 3  # another pass, on a machine that does other things too
+        assert max(row.stage_milliseconds, key=lambda stage: row.stage_milliseconds[stage]) != "resize and normalise"
+
+
+def test_work_is_counted_and_set_beside_a_product(rows: list[ModelRow]) -> None:
+    for row in rows:
+        assert 0 < row.of_product < 1.5
+        assert row.peak_bytes > 2e8
+    assert rows[0].tflops / rows[0].images_per_second > rows[4].tflops / rows[4].images_per_second  # fewer masks
+    assert product_tflops(torch.device("cpu"), torch.float32) > 1e-3
+
+
+def test_what_is_shown(rows: list[ModelRow]) -> None:
+    ratios = model_ratios(rows)
+    assert ratios["model_fp32_vs_torchvision"] == rows[2].images_per_second / rows[0].images_per_second
+    ours = max(row.images_per_second for row in rows[2:4])
+    assert ratios["model_vs_best_torchvision"] == ours / max(row.images_per_second for row in rows[:2])
+    assert model_table(rows).row_count == len(rows)
+    assert stage_table(rows).row_count == len(STAGES) + 1
+    with Image.open(io.BytesIO(speed_picture(rows, "a machine"))) as picture:
+        assert picture.width > 600
