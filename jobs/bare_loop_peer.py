@@ -10,7 +10,7 @@ import torch
 
 import model
 from jobs.segment import load_weights
-from model.structures import ImageSize
+from model.structures import sizes_of
 from pipeline import cluster, decode
 from pipeline.batching import DecodedImage, batches
 from pipeline.model_thread import Pixels, Segmenter
@@ -24,14 +24,15 @@ class ModelLoop:
     ) -> None:
         torch.set_num_threads(threads)
         self.net = model.load(weights, device=device, precision=precision)
+        decoded = [read_pixels(Path(path)) for path in paths]
         images = [
-            DecodedImage(index=index, pixels=read_pixels(Path(path)), orientation=1, num_bytes=0)
-            for index, path in enumerate(paths)
+            DecodedImage(index=index, pixels=pixels, size=size, orientation=1, num_bytes=0)
+            for index, (pixels, size) in enumerate(zip(decoded, sizes_of(decoded), strict=True))
         ]
         grouped = batches(
             images,
             batch_size=self.net.batch_size,
-            shape_of=lambda image: self.net.padded_size(ImageSize(*image.pixels.shape[:2])),
+            shape_of=lambda image: self.net.padded_size(image.size),
             max_waiting_bytes=2**40,
         )
         self.batches = [[image.pixels for image in batch] for batch in grouped]
@@ -48,7 +49,8 @@ class ModelLoop:
 def load_warm(weights: bytes, image: str, device: cluster.Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
     """In an actor: the model, its first and slowest run behind it, as in the bare loop."""
     segmenter = load_weights(weights, "benchmark", device, precision)
-    segmenter.encode(segmenter.detect([read_pixels(Path(image))], 0.5), 0.5)
+    images = [read_pixels(Path(image))]
+    segmenter.encode(segmenter.detect(images, 0.5, sizes=sizes_of(images)), 0.5)
     return segmenter
 
 

@@ -22,9 +22,11 @@ class DrawConfig:
     """How many."""
     seed: int = 0
     """The same seed draws the same scenes, another one others."""
+    scale: int = 1
+    """Their sides, a few hundred pixels, times this."""
 
     def __post_init__(self) -> None:
-        for name, bound in (("num_images", 1), ("seed", 0)):
+        for name, bound in (("num_images", 1), ("seed", 0), ("scale", 1)):
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name} must be at least {bound}, got {getattr(self, name)}")
 
@@ -34,7 +36,9 @@ def main(config: DrawConfig) -> None:
     folder = Path(config.folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists already; give a new folder")
-    annotations = write_archive(folder, num_images=config.num_images, num_in_tar=0, seed=config.seed)
+    annotations = write_archive(
+        folder, num_images=config.num_images, num_in_tar=0, seed=config.seed, scale=config.scale
+    )
     print(f"{config.num_images} scenes: {annotations}")
 
 

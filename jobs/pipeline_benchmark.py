@@ -41,11 +41,13 @@ class NoOpSegmenter:
         """Images of all sizes go together, as they do in the peers' batches."""
         return ImageSize(1, 1)
 
-    def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
-        return images
+    def detect(
+        self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]
+    ) -> Sequence[ImageSize]:
+        return sizes
 
-    def encode(self, raw: Sequence[Pixels], score_threshold: float) -> list[Detections]:
-        return [_no_detections(ImageSize(*image.shape[:2])) for image in raw]
+    def encode(self, raw: Sequence[ImageSize], score_threshold: float) -> list[Detections]:
+        return [_no_detections(size) for size in raw]
 
 
 def _no_detections(size: ImageSize) -> Detections:

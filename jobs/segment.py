@@ -63,6 +63,9 @@ class SegmentConfig:
     """Do no more than this many images in this run."""
     max_image_pixels: int = DecodeLimits.max_image_pixels
     """Larger images become failed rows, reason too_large, before they are decoded."""
+    shrink_jpegs: bool = False
+    """Decode a JPEG to a half, a quarter or an eighth of its sides where the model's input is no larger: a large
+    photograph then takes a third less time to decode and a fraction of the memory, and scores change a little."""
     retry_failed: bool = False
     """Do images again whose row says failed."""
     address: str | None = None
@@ -174,6 +177,7 @@ def _run_plan(
             metadata=metadata,
             exclusive_commits=exclusive,
             decode_limits=config.decode_limits(),
+            shrink_jpegs=config.shrink_jpegs,
             decode_threads=max(2, int(cpus)),
         ),
         ScheduleConfig(min_actors=bounds[0], max_actors=bounds[1], gpus_per_actor=shape.gpus, cpus_per_actor=cpus),
@@ -250,6 +254,8 @@ def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> 
         "decode_limits": asdict(config.decode_limits()),
         "archive_limits": asdict(ArchiveLimits()),
     }
+    if config.shrink_jpegs:
+        settings["shrink_jpegs"] = True
     return TableMetadata(
         weights_name=info.name,
         weights_sha256=info.sha256,

@@ -26,7 +26,7 @@ from model.network import Network
 from model.raw_detections import MaskTexts, Pending, RawDetections
 from model.recipe import Recipe
 from model.stages import AfterStage, nothing
-from model.structures import ImageSize
+from model.structures import ImageSize, sizes_of
 
 MAX_GRAPHS = 64
 """Kept, those used last; each holds its input, and all share the memory they work in."""
@@ -65,6 +65,8 @@ class _HostInputs(NamedTuple):
     """(B,) uint8, images end to end."""
     offsets: Tensor
     """(N,) where each begins."""
+    given_sizes: Tensor
+    """(N, 2) float32 of the pixels."""
     image_sizes: Tensor
     """(N, 2) float32."""
     resized_sizes: Tensor
@@ -100,19 +102,21 @@ class CapturedDetector:
     def detect(
         self,
         images: Sequence[NDArray[np.uint8]],
+        sizes: list[ImageSize],
         resized: Sequence[ImageSize],
         padded: ImageSize,
         score_threshold: float,
         after: AfterStage = nothing,
     ) -> RawDetections:
-        """Start a batch of images of one padded size; no graph is replayed for who wants its stages."""
+        """Start a batch of images of one padded size, of which the pixels may be smaller versions; no graph is replayed
+        for who wants its stages."""
         with self._lock, torch.cuda.stream(self._stream):
-            sent = self._sent(images, resized, padded, score_threshold)
+            sent = self._sent(images, sizes, resized, padded, score_threshold)
             found = _to_host(self._run(sent) if after is nothing else self._run_once(sent, after))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return RawDetections(
-            sizes=[ImageSize(*image.shape[:2]) for image in images],
+            sizes=sizes,
             boxes=found.boxes,
             scores=found.scores,
             labels=found.labels,
@@ -125,6 +129,7 @@ class CapturedDetector:
     def _sent(
         self,
         images: Sequence[NDArray[np.uint8]],
+        sizes: Sequence[ImageSize],
         resized: Sequence[ImageSize],
         padded: ImageSize,
         score_threshold: float,
@@ -132,7 +137,7 @@ class CapturedDetector:
         """On their way to the device while it works on the batch before; filled up with images of one pixel."""
         num_places = next((size for size in BATCH_SIZES if size >= len(images)), len(images))
         num_empty = num_places - len(images)
-        sizes = [image.shape[:2] for image in images] + [(1, 1)] * num_empty
+        empty = [ImageSize(1, 1)] * num_empty
         self._staging.reverse()
         with torch.cuda.stream(self._copies):
             pixels, offsets = self._staging[0].send([*images, *[np.zeros((1, 1, 3), np.uint8)] * num_empty])
@@ -141,8 +146,9 @@ class CapturedDetector:
                 padded,
                 pixels,
                 offsets,
-                _on_device(sizes, self.device),
-                _on_device([*resized, *[(1, 1)] * num_empty], self.device),
+                _on_device([*sizes_of(images), *empty], self.device),
+                _on_device([*sizes, *empty], self.device),
+                _on_device([*resized, *empty], self.device),
                 _on_device(score_threshold, self.device),
             )
         self._stream.wait_stream(self._copies)
@@ -216,7 +222,7 @@ class CapturedDetector:
         lay_out(
             host.pixels,
             host.offsets,
-            host.image_sizes.int(),
+            host.given_sizes.int(),
             host.resized_sizes.int(),
             inputs.pixels,
             recipe=self.recipe,

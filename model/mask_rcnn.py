@@ -27,7 +27,7 @@ from model.raw_detections import RawDetections
 from model.recipe import Recipe
 from model.rpn import Proposals, propose
 from model.stages import AfterStage, nothing
-from model.structures import Detections, ImageSize
+from model.structures import Detections, ImageSize, sizes_of
 
 # N images, P proposals and D detections of an image, M mask side, K keypoints.
 
@@ -96,7 +96,7 @@ class MaskRCNN:
         transform.check_images(images)
         found: dict[int, Detections] = {}
         started: tuple[list[int], RawDetections] | None = None
-        for indices in self._batches([_size_of(image) for image in images]):
+        for indices in self._batches(sizes_of(images)):
             given = None if proposals is None else [proposals[index] for index in indices]
             raw = self.detect([images[index] for index in indices], score_threshold, proposals=given)
             if started is not None:  # encoded while the device has the next batch
@@ -119,27 +119,36 @@ class MaskRCNN:
         score_threshold: float | None = None,
         *,
         proposals: Sequence[Boxes] | None = None,
+        sizes: Sequence[ImageSize] | None = None,
     ) -> RawDetections:
-        """The device's work for one batch of images that share their padded size; `encode` waits for it."""
+        """The device's work for one batch of images that share their padded size; `encode` waits for it.
+
+        Where `images` are smaller versions, `sizes` are those of the images themselves, in whose frame all is found.
+        """
         transform.check_images(images)
         threshold = self._threshold(score_threshold)
+        sizes = list(sizes or sizes_of(images))
         if self._captured is not None and proposals is None:
-            sizes = [_size_of(image) for image in images]
             resized = [self._resized_size(size) for size in sizes]
-            return self._captured.detect(images, resized, self._common_padded_size(sizes), threshold, self.after)
-        return self._detect(images, threshold, proposals=proposals)
+            padded = self._common_padded_size(sizes)
+            return self._captured.detect(images, sizes, resized, padded, threshold, self.after)
+        return self._detect(images, sizes, threshold, proposals=proposals)
 
     def _detect(
-        self, images: Sequence[Pixels], threshold: float, *, proposals: Sequence[Boxes] | None = None
+        self,
+        images: Sequence[Pixels],
+        sizes: list[ImageSize],
+        threshold: float,
+        *,
+        proposals: Sequence[Boxes] | None = None,
     ) -> RawDetections:
         """In shapes that hang on the data."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._detect_here(images, threshold, proposals)
+            return self._detect_here(images, sizes, threshold, proposals)
 
     def _detect_here(
-        self, images: Sequence[Pixels], threshold: float, proposals: Sequence[Boxes] | None
+        self, images: Sequence[Pixels], sizes: list[ImageSize], threshold: float, proposals: Sequence[Boxes] | None
     ) -> RawDetections:
-        sizes = [_size_of(image) for image in images]
         padded = self._common_padded_size(sizes)
         resized = [self._resized_size(size) for size in sizes]
         pixels = transform.to_input(images, resized, padded=padded, recipe=self.recipe, device=self.device)
@@ -174,7 +183,10 @@ class MaskRCNN:
         pending = raw.pending
         if pending is not None and not pending.is_certain():
             self.num_repeated += 1
-            raws = [self._detect([image], pending.score_threshold) for image in pending.images]
+            raws = [
+                self._detect([image], [size], pending.score_threshold)
+                for image, size in zip(pending.images, raw.sizes, strict=True)
+            ]
             return [found for one in raws for found in self.encode(one, score_threshold)]
         found = raw_detections.encode(raw, score_threshold, recipe=self.recipe, categories=self.categories)
         self.after("paste and run lengths")
@@ -326,7 +338,3 @@ def _with_index(device: torch.device) -> torch.device:
     if str(device) == "cuda" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _size_of(image: Pixels) -> ImageSize:
-    return ImageSize(image.shape[0], image.shape[1])

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
@@ -19,6 +20,11 @@ class ImageSize(NamedTuple):
 
     height: int
     width: int
+
+
+def sizes_of(images: Sequence[NDArray[np.uint8]]) -> list[ImageSize]:
+    """Of arrays (H, W, 3)."""
+    return [ImageSize(*image.shape[:2]) for image in images]
 
 
 class Rle(TypedDict):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from model.structures import ImageSize
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
@@ -17,7 +19,9 @@ class DecodedImage:
     index: int
     """Its row among the shard's items."""
     pixels: NDArray[np.uint8]
-    """(H, W, 3) RGB, oriented."""
+    """(H, W, 3) RGB, oriented; of a size of its own where it was decoded shrunk."""
+    size: ImageSize
+    """Of the image."""
     orientation: int
     num_bytes: int
     """Encoded size."""

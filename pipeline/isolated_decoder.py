@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -50,14 +51,15 @@ class IsolatedDecoder:
     ) -> None:
         self.close()
 
-    def decode(self, data: bytes) -> tuple[NDArray[np.uint8], int]:
-        """Pixels (H, W, 3) uint8, oriented, and the EXIF orientation that was applied.
+    def decode(self, data: bytes, shrink: int = 1) -> tuple[NDArray[np.uint8], int]:
+        """Pixels (H, W, 3) uint8, oriented, and the EXIF orientation that was applied; `shrink` as of ImageHeader.
 
         Raises:
             DecodeError: the image is bad, or killed its decoder, or took longer than ``timeout_seconds``.
         """
         pipe = self._pipe or self._start()
         try:
+            pipe.send_bytes(bytes([shrink]))
             pipe.send_bytes(data)
             if not pipe.poll(self._timeout_seconds):
                 self.close()
@@ -107,11 +109,12 @@ def _serve(pipe: Connection[bytes, bytes], decode: Decode, limits: DecodeLimits)
     pipe.send_bytes(b"ready")
     while True:
         try:
+            (shrink,) = pipe.recv_bytes()
             data = pipe.recv_bytes()
         except EOFError:
             return
         try:
-            header = inspect(data, limits)
+            header = replace(inspect(data, limits), shrink=shrink)
             pixels = decode(data, header)
         except DecodeError as error:
             pipe.send_bytes(pickle.dumps((None, 1, error)))

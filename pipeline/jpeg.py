@@ -71,14 +71,16 @@ def _parse(frame: bytes, exif: bytes) -> Frame:
     return Frame(ImageSize(height, width), num_components, exif)
 
 
-def lacks_last_block(data: bytes, pixels: NDArray[np.uint8]) -> bool:
-    """An end marker behind cut data: the decoder paints the rest grey and only prints a warning.
+def lacks_last_block(data: bytes, pixels: NDArray[np.uint8], shrink: int = 1) -> bool:
+    """An end marker behind cut data: the decoder paints the rest grey and only prints a warning. `pixels` as stored, or
+    shrunk.
 
     Grey at the end is suspicious, not more. The proof is that further bits before the end marker would change the
     picture; a complete one does not look at them. Pillow does not print.
     """
     height, width, _ = pixels.shape
-    last_block = pixels[(height - 1) // 8 * 8 :, (width - 1) // 8 * 8 :]
+    side = 8 // shrink
+    last_block = pixels[(height - 1) // side * side :, (width - 1) // side * side :]
     if (np.abs(last_block @ _LUMA - 128) > 1.5).any():
         return False
     at = data.rfind(END)

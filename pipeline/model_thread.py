@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import PriorityQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.structures import Detections, ImageSize
+from model.structures import Detections, ImageSize, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,20 @@ class Segmenter(Protocol):
     def padded_size(self, size: ImageSize) -> ImageSize:
         """The input size of an image; images of one batch share it."""
 
-    def detect(self, images: Sequence[Pixels], score_threshold: float) -> Any:
-        """The device's part: pixels (H, W, 3) uint8 in, something that ``encode`` takes out."""
+    def detect(self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]) -> Any:
+        """The device's part: pixels (H, W, 3) uint8 in, something that ``encode`` takes out. Of the images `sizes` the
+        pixels may be smaller versions."""
 
     def encode(self, raw: Any, score_threshold: float) -> list[Detections]:
         """The host's part, one Detections for each image."""
+
+
+class _Batch(NamedTuple):
+    images: Sequence[Pixels]
+    sizes: Sequence[ImageSize]
+
+    def part(self, start: int, count: int) -> _Batch:
+        return _Batch(self.images[start : start + count], self.sizes[start : start + count])
 
 
 class ModelThread:
@@ -57,17 +66,20 @@ class ModelThread:
         """How often a batch was halved for want of device memory."""
         self._score_threshold = score_threshold
         self._max_batch: dict[ImageSize, int] = {}
-        self._queue: PriorityQueue[tuple[int, int, Sequence[Pixels], Future[list[Detections]]]] = PriorityQueue()
+        self._queue: PriorityQueue[tuple[int, int, _Batch, Future[list[Detections]]]] = PriorityQueue()
         self._sequence = itertools.count()
         self._encoders = ThreadPoolExecutor(1, thread_name_prefix="encode")
         loaded: Future[Segmenter] = Future()
         threading.Thread(target=self._run, args=(load_segmenter, loaded), name="model", daemon=True).start()
         self.segmenter = loaded.result()
 
-    def submit(self, urgency: int, images: Sequence[Pixels]) -> Future[list[Detections]]:
-        """Queue one batch of one padded size. A lower ``urgency`` goes first, then the order of arrival."""
+    def submit(
+        self, urgency: int, images: Sequence[Pixels], sizes: Sequence[ImageSize] | None = None
+    ) -> Future[list[Detections]]:
+        """Queue one batch of one padded size. A lower ``urgency`` goes first, then the order of arrival. `sizes` are
+        those of the images where the pixels are smaller versions."""
         future: Future[list[Detections]] = Future()
-        self._queue.put((urgency, next(self._sequence), images, future))
+        self._queue.put((urgency, next(self._sequence), _Batch(images, sizes or sizes_of(images)), future))
         return future
 
     def _run(self, load_segmenter: Callable[[], Segmenter], loaded: Future[Segmenter]) -> None:
@@ -78,34 +90,33 @@ class ModelThread:
             loaded.set_exception(error)
             return
         while True:
-            _, _, images, future = self._queue.get()
+            _, _, batch, future = self._queue.get()
             started = time.perf_counter()
             try:
-                parts = self._detect(images)
+                parts = self._detect(batch)
             except BaseException as error:  # it belongs to whoever waits for the batch
                 future.set_exception(error)
             else:
                 self._encoders.submit(self._encode, parts, future)
             self.busy_seconds += time.perf_counter() - started
 
-    def _detect(self, images: Sequence[Pixels]) -> list[Any]:
+    def _detect(self, batch: _Batch) -> list[Any]:
         """Detect in as few parts as device memory allows, remembering how many that were for this size."""
-        size = self.segmenter.padded_size(ImageSize(*images[0].shape[:2]))
-        limit = self._max_batch.get(size, len(images))
-        if len(images) > limit:
-            return [
-                part for start in range(0, len(images), limit) for part in self._detect(images[start : start + limit])
-            ]
+        num_images = len(batch.images)
+        size = self.segmenter.padded_size(batch.sizes[0])
+        limit = self._max_batch.get(size, num_images)
+        if num_images > limit:
+            return [part for start in range(0, num_images, limit) for part in self._detect(batch.part(start, limit))]
         try:
-            return [self.segmenter.detect(images, self._score_threshold)]
+            return [self.segmenter.detect(batch.images, self._score_threshold, sizes=batch.sizes)]
         except torch.OutOfMemoryError:
-            if len(images) == 1:
+            if num_images == 1:
                 raise
-        self._max_batch[size] = len(images) // 2
+        self._max_batch[size] = num_images // 2
         self.num_halvings += 1
-        logger.warning("out of device memory, batch halved size=%s images=%d", size, len(images) // 2)
+        logger.warning("out of device memory, batch halved size=%s images=%d", size, num_images // 2)
         torch.cuda.empty_cache()
-        return self._detect(images)
+        return self._detect(batch)
 
     def _encode(self, parts: list[Any], future: Future[list[Detections]]) -> None:
         try:

@@ -96,9 +96,9 @@ def draw_scene(seed: int, size: ImageSize) -> Scene:
     )
 
 
-def write_archive(folder: Path, *, num_images: int, seed: int, num_in_tar: int | None = None) -> Path:
+def write_archive(folder: Path, *, num_images: int, seed: int, num_in_tar: int | None = None, scale: int = 1) -> Path:
     """JPEGs, loose in folders but for the last ones, by default a third, which ``scenes.tar`` holds; the path of their
-    COCO annotations.
+    COCO annotations. Their sides are those of ARCHIVE_SIZES times `scale`.
 
     A ``file_name`` is what follows the folder's URI in the image_key: ``loose/00/scene_00000.jpg`` or
     ``scenes.tar#scene_00042.jpg``. Beside each image in the tar lies its ``.json``, as WebDataset has it.
@@ -111,7 +111,8 @@ def write_archive(folder: Path, *, num_images: int, seed: int, num_in_tar: int |
         for index in range(num_images):
             name = f"scene_{index:05d}.jpg"
             scene_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-            size = ARCHIVE_SIZES[index % len(ARCHIVE_SIZES)]
+            height, width = ARCHIVE_SIZES[index % len(ARCHIVE_SIZES)]
+            size = ImageSize(scale * height, scale * width)
             scene = draw_scene(scene_seed, size)
             buffer = BytesIO()
             Image.fromarray(scene.image).save(buffer, "JPEG", quality=90)

@@ -116,12 +116,13 @@ class SegmentActor:
         batched = batches(
             _timed(decoded, stages, "decode"),
             batch_size=1 if attempt.suspect else segmenter.batch_size,
-            shape_of=lambda image: segmenter.padded_size(ImageSize(*image.pixels.shape[:2])),
+            shape_of=lambda image: segmenter.padded_size(image.size),
             max_waiting_bytes=config.max_decoded_bytes // 2,
         )
         in_flight: deque[tuple[list[DecodedImage], Future[list[Detections]]]] = deque()
         for batch in batched:
-            in_flight.append((batch, self._model.submit(attempt.urgency, [image.pixels for image in batch])))
+            pixels, sizes = [image.pixels for image in batch], [image.size for image in batch]
+            in_flight.append((batch, self._model.submit(attempt.urgency, pixels, sizes)))
             if len(in_flight) > BATCHES_IN_FLIGHT:
                 self._collect(*in_flight.popleft(), rows, stages)
         while in_flight:
@@ -151,7 +152,7 @@ class SegmentActor:
             try:
                 if isinstance(data, DecodeError):
                     raise data
-                header = decode.inspect(data, self.config.decode_limits)
+                header = self._shrunk(decode.inspect(data, self.config.decode_limits))
             except DecodeError as error:
                 self._add_failed(rows, index, error, data)
             else:
@@ -167,19 +168,34 @@ class SegmentActor:
                 try:
                     if isinstance(data, DecodeError):
                         raise data
-                    pixels, orientation = child.decode(data)
+                    size, shrink = None, 1
+                    if config.shrink_jpegs and data.startswith(decode.JPEG_MAGIC):  # its header is read in Python alone
+                        header = self._shrunk(decode.inspect(data, config.decode_limits))
+                        size, shrink = header.oriented_size, header.shrink
+                    pixels, orientation = child.decode(data, shrink)
                 except DecodeError as error:
                     self._add_failed(rows, index, error, data)
                 else:
-                    yield DecodedImage(index=index, pixels=pixels, orientation=orientation, num_bytes=len(data))
+                    yield DecodedImage(
+                        index=index,
+                        pixels=pixels,
+                        size=size or ImageSize(*pixels.shape[:2]),
+                        orientation=orientation,
+                        num_bytes=len(data),
+                    )
+
+    def _shrunk(self, header: ImageHeader) -> ImageHeader:
+        """As small as the model's input allows, where that is wanted."""
+        if not self.config.shrink_jpegs:
+            return header
+        return decode.shrunk(header, self._model.segmenter.padded_size(header.oriented_size))
 
     def _collect(
         self, batch: list[DecodedImage], future: Future[list[Detections]], rows: ShardRows, stages: StageSeconds
     ) -> None:
         waited = time.perf_counter()
         for image, detections in zip(batch, future.result(), strict=True):
-            size = ImageSize(*image.pixels.shape[:2])
-            rows.add_ok(image.index, size, image.orientation, image.num_bytes, detections)
+            rows.add_ok(image.index, image.size, image.orientation, image.num_bytes, detections)
         stages.model += time.perf_counter() - waited
         self._count(len(batch), made=len(batch))
 
@@ -219,7 +235,7 @@ class SegmentActor:
 
 
 def _decoded_bytes(header: ImageHeader) -> int:
-    height, width = header.oriented_size
+    height, width = header.decoded_size
     return 3 * height * width
 
 
@@ -230,7 +246,13 @@ def _decode_one(
         pixels = decode_image(data, header)
     except DecodeError as error:
         return index, error, len(data)
-    return DecodedImage(index=index, pixels=pixels, orientation=header.orientation, num_bytes=len(data))
+    return DecodedImage(
+        index=index,
+        pixels=pixels,
+        size=header.oriented_size,
+        orientation=header.orientation,
+        num_bytes=len(data),
+    )
 
 
 def _timed(source: Iterator[T], stages: StageSeconds, stage: Literal["fetch", "decode"]) -> Iterator[T]:

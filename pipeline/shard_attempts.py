@@ -27,6 +27,8 @@ class ActorConfig:
     decode_limits: DecodeLimits = field(default_factory=DecodeLimits)
     decode: Decode = decode.decode
     """A module-level function."""
+    shrink_jpegs: bool = False
+    """Decode a JPEG to a half, a quarter or an eighth of its sides where the model's input is no larger."""
     fetch_threads: int = 8
     decode_threads: int = 2
     max_decoded_bytes: int = 512 * 1024**2

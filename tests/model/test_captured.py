@@ -9,7 +9,7 @@ import torch
 
 import model
 from model import Detections, MaskRCNN, fixed_forward, raw_detections
-from model.structures import ImageSize
+from model.structures import ImageSize, sizes_of
 from tests.model.conftest import drawn_image
 from tests.model.test_mask_rcnn import _between
 
@@ -32,7 +32,7 @@ def _by_any_shapes(net: MaskRCNN, images: list[model.mask_rcnn.Pixels]) -> list[
         found
         for image in images
         for found in raw_detections.encode(
-            net._detect([image], 0.05), 0.05, recipe=net.recipe, categories=net.categories
+            net._detect([image], sizes_of([image]), 0.05), 0.05, recipe=net.recipe, categories=net.categories
         )
     ]
 

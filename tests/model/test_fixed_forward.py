@@ -106,7 +106,7 @@ def test_fixed_shapes_find_what_any_shapes_find(net: MaskRCNN) -> None:
         mask_logits=None,
         mask_texts=MaskTexts(*(values.cpu() for values in found.mask_texts)),
     )
-    expected = encode(inexact._detect(images, 0.05), 0.05, recipe=net.recipe, categories=net.categories)
+    expected = encode(inexact._detect(images, sizes, 0.05), 0.05, recipe=net.recipe, categories=net.categories)
     together = encode(raw, 0.05, recipe=net.recipe, categories=net.categories)
     for one, other in zip(together, expected, strict=True):
         assert len(one) == len(other) > 3

@@ -6,11 +6,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.structures import ImageSize
 from pipeline.batching import DecodedImage, batches
 
 
 def image(index: int, side: int) -> DecodedImage:
-    return DecodedImage(index=index, pixels=np.zeros((side, side, 3), np.uint8), orientation=1, num_bytes=1)
+    pixels = np.zeros((side, side, 3), np.uint8)
+    return DecodedImage(index=index, pixels=pixels, size=ImageSize(side, side), orientation=1, num_bytes=1)
 
 
 def shape(one: DecodedImage) -> int:

@@ -23,7 +23,9 @@ class Cramped(TinySegmenter):
     room = 2
     sizes: list[int] = []  # noqa: RUF012 - of this class alone
 
-    def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+    def detect(
+        self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]
+    ) -> Sequence[Pixels]:
         self.sizes.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("no room")
@@ -47,7 +49,9 @@ def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered() -> N
 
 def test_one_image_that_does_not_fit_is_an_error_for_who_waits() -> None:
     class Full(TinySegmenter):
-        def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+        def detect(
+            self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]
+        ) -> Sequence[Pixels]:
             raise torch.OutOfMemoryError("no room")
 
     thread = ModelThread(Full, 0.5)
@@ -73,7 +77,9 @@ def test_the_earlier_shard_has_the_model_first() -> None:
     order: list[int] = []
 
     class Gated(TinySegmenter):
-        def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+        def detect(
+            self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]
+        ) -> Sequence[Pixels]:
             gate.wait()
             order.append(int(images[0][0, 0, 0]))
             return images
@@ -104,7 +110,9 @@ def test_the_model_computes_on_the_threads_its_loading_chose_and_encoding_on_one
             torch.set_num_threads(3)
             note("load")
 
-        def detect(self, images: Sequence[Pixels], score_threshold: float) -> Sequence[Pixels]:
+        def detect(
+            self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]
+        ) -> Sequence[Pixels]:
             note("detect")
             return images
 

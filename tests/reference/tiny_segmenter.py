@@ -23,7 +23,9 @@ class TinySegmenter:
     def padded_size(self, size: ImageSize) -> ImageSize:
         return size
 
-    def detect(self, images: Sequence[NDArray[np.uint8]], score_threshold: float) -> Sequence[NDArray[np.uint8]]:
+    def detect(
+        self, images: Sequence[NDArray[np.uint8]], score_threshold: float, *, sizes: Sequence[ImageSize]
+    ) -> Sequence[NDArray[np.uint8]]:
         time.sleep(self.seconds_per_batch)
         return images
 
