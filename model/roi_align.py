@@ -13,7 +13,7 @@ a row of the channels-last map: that is what ``embedding_bag`` computes, and on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ class _Sampling(NamedTuple):
     output_size: int
     ratio: int
     aligned: bool
+    windows: tuple[int, int] | None = None
+    """Samples of a bin along its rows and columns, where they adapt to the box."""
 
 
 def assign_levels(
@@ -99,7 +101,7 @@ def multilevel_roi_align(
     boxes = boxes.where(boxes.isfinite().all(dim=1, keepdim=True), _OUTSIDE)
     level_index = assign_levels(boxes, len(features), first_level=int(math.log2(strides[0])), rounding=rounding)
     pooled = features[0].new_empty((len(boxes), output_size, output_size, num_channels))
-    pool = _pool_by_bags if _fits_embedding_bag(features, sampling_ratio) else _pool_by_torchvision
+    pool = _operator_for(features, sampling_ratio)
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         chosen = torch.nonzero(level_index == level).flatten()
         rois = torch.cat([image_index[chosen, None].to(boxes.dtype), boxes[chosen]], dim=1)
@@ -107,9 +109,14 @@ def multilevel_roi_align(
     return pooled.permute(0, 3, 1, 2)  # (R, C, S, S)
 
 
-def _fits_embedding_bag(features: Sequence[Tensor], sampling_ratio: int) -> bool:
-    kinds = {torch.float64, torch.float32, torch.bfloat16}
-    return features[0].device.type == "cpu" and sampling_ratio > 0 and features[0].dtype in kinds
+def _operator_for(features: Sequence[Tensor], sampling_ratio: int) -> Callable[..., None]:
+    feature = features[0]
+    if feature.device.type != "cpu" or feature.dtype not in {torch.float64, torch.float32, torch.bfloat16}:
+        return _pool_by_torchvision
+    if sampling_ratio > 0:
+        return _pool_by_bags
+    # Each group of boxes is put in its place by itself, and for a gradient each of those would copy all of it.
+    return _pool_by_torchvision if torch.is_grad_enabled() and feature.requires_grad else _pool_adaptively
 
 
 def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
@@ -121,25 +128,44 @@ def _pool_by_torchvision(feature: Tensor, rois: Tensor, sampling: _Sampling, poo
     pooled[place] = maps.permute(0, 2, 3, 1).to(pooled.dtype)  # (R, S, S, C)
 
 
+def _pool_adaptively(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
+    """By bags, the boxes together that take as many samples."""
+    spans = [_span(rois[:, axis], rois[:, axis + 2], sampling)[1] for axis in (2, 1)]
+    counts = torch.stack([(span / sampling.output_size).ceil() for span in spans], dim=1).to(torch.int64)  # (R, 2)
+    pairs, group = torch.unique(counts, dim=0, return_inverse=True)
+    for index, (rows, columns) in enumerate(pairs.tolist()):
+        here = torch.nonzero(group == index).flatten()
+        if rows > 0 and columns > 0:
+            adapted = sampling._replace(windows=(rows, columns))
+            _pool_by_bags(feature, rois[here], adapted, pooled, place[here])
+        else:
+            pooled[place[here]] = 0
+
+
 def _pool_by_bags(feature: Tensor, rois: Tensor, sampling: _Sampling, pooled: Tensor, place: Tensor) -> None:
     num_channels, height, width = feature.shape[1:]
     table = feature.permute(0, 2, 3, 1).reshape(-1, num_channels).contiguous()  # (N H W, C), a view if channels-last
     first = rois[:, 0].to(torch.int32) * (height * width)
-    rows, row_weights = _axis_samples(rois[:, 2], rois[:, 4], sampling, height)
-    columns, column_weights = _axis_samples(rois[:, 1], rois[:, 3], sampling, width)
+    if sampling.windows is None:
+        rows, row_weights = _axis_samples(rois[:, 2], rois[:, 4], sampling, height)
+        columns, column_weights = _axis_samples(rois[:, 1], rois[:, 3], sampling, width)
+    else:
+        rows, row_weights = _axis_window(rois[:, 2], rois[:, 4], sampling, height, sampling.windows[0])
+        columns, column_weights = _axis_window(rois[:, 1], rois[:, 3], sampling, width, sampling.windows[1])
     rows = rows * width + first[:, None, None]
-    per_axis = 2 * sampling.ratio
+    num_rows, num_columns = rows.shape[2], columns.shape[2]
     trains = torch.is_grad_enabled() and feature.requires_grad
     step = max(1, len(rois) if trains else _CHUNK_BINS // sampling.output_size**2)
     for start in range(0, max(1, len(rois)), step):  # one even without boxes: gradients must reach each level
         part = slice(start, start + step)
-        # (R, S, 1, 4 T²) with (R, 1, S, 4 T²): the bag last and contiguous, which the addition is fast on.
-        index = rows[part].repeat_interleave(per_axis, 2)[:, :, None] + columns[part].repeat(1, 1, per_axis)[:, None]
+        # (R, S, 1, B) with (R, 1, S, B): the bag of B pixels last and contiguous, which the addition is fast on.
+        index = rows[part].repeat_interleave(num_columns, 2)[:, :, None] + columns[part].repeat(1, 1, num_rows)[:, None]
         weight = (
-            row_weights[part].repeat_interleave(per_axis, 2)[:, :, None]
-            * column_weights[part].repeat(1, 1, per_axis)[:, None]
+            row_weights[part].repeat_interleave(num_columns, 2)[:, :, None]
+            * column_weights[part].repeat(1, 1, num_rows)[:, None]
         )
-        bags = _Bags.apply(table, index.view(-1, per_axis**2), weight.view(-1, per_axis**2))  # (R * S * S, C)
+        bag_size = num_rows * num_columns
+        bags = _Bags.apply(table, index.view(-1, bag_size), weight.view(-1, bag_size))  # (R * S * S, C)
         maps = bags.view(-1, *pooled.shape[1:])  # (R, S, S, C)
         if maps.requires_grad:
             pooled[place[part]] = maps
@@ -179,19 +205,42 @@ def _as_words(maps: Tensor) -> Tensor:
 
 def _axis_samples(low: Tensor, high: Tensor, sampling: _Sampling, size: int) -> tuple[Tensor, Tensor]:
     """Pixels and weights along one axis: (R, S, 2 T) int32 and float32, torchvision's rules step by step."""
-    offset = 0.5 if sampling.aligned else 0.0
-    start = low * sampling.scale - offset
-    length = high * sampling.scale - offset - start
-    if not sampling.aligned:
-        length = length.clamp(min=1.0)
+    before, after, fraction, share = _bilinear(low, high, sampling, size, sampling.ratio)
+    pixel = torch.stack([before, after], dim=3)  # (R, S, T, 2)
+    weight = torch.stack([1 - fraction, fraction], dim=3) * share[..., None]
+    return pixel.flatten(2).to(torch.int32), weight.flatten(2)
+
+
+def _axis_window(low: Tensor, high: Tensor, sampling: _Sampling, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """The same with T = `count` samples that are at most a pixel apart: the T + 1 pixels in a row that they can touch,
+    each once."""
+    before, after, fraction, share = _bilinear(low, high, sampling, size, count)
+    first = before[..., :1]  # (R, S, 1)
+    weight = torch.zeros(*before.shape[:2], count + 1, dtype=fraction.dtype)
+    weight.scatter_add_(2, (before - first).to(torch.int64), (1 - fraction) * share)
+    # A rounding may put the last sample on the pixel behind: its fraction is 0 then.
+    weight.scatter_add_(2, (after - first).clamp(max=count).to(torch.int64), fraction * share)
+    pixel = (first + torch.arange(count + 1)).clamp(max=size - 1)
+    return pixel.to(torch.int32), weight
+
+
+def _bilinear(low: Tensor, high: Tensor, sampling: _Sampling, size: int, count: int) -> tuple[Tensor, ...]:
+    """Of T = `count` samples of each bin, (R, S, T) each: the pixels before and after it, how far it is from the first,
+    and the sample's share in the bin."""
+    start, length = _span(low, high, sampling)
     bin_size = (length / sampling.output_size)[:, None, None]
     bins = torch.arange(sampling.output_size, dtype=low.dtype, device=low.device)[:, None]
-    samples = torch.arange(sampling.ratio, dtype=low.dtype, device=low.device) + 0.5
-    position = start[:, None, None] + bins * bin_size + samples * bin_size / sampling.ratio  # (R, S, T)
+    samples = torch.arange(count, dtype=low.dtype, device=low.device) + 0.5
+    position = start[:, None, None] + bins * bin_size + samples * bin_size / count  # (R, S, T)
     inside = (position >= -1.0) & (position <= size)
     position = position.clamp(0, size - 1)
     before = position.floor()
-    fraction = position - before
-    pixel = torch.stack([before, (before + 1).clamp(max=size - 1)], dim=3)  # (R, S, T, 2)
-    weight = torch.stack([1 - fraction, fraction], dim=3) * (inside / sampling.ratio)[..., None]
-    return pixel.flatten(2).to(torch.int32), weight.flatten(2)
+    return before, (before + 1).clamp(max=size - 1), position - before, inside / count
+
+
+def _span(low: Tensor, high: Tensor, sampling: _Sampling) -> tuple[Tensor, Tensor]:
+    """(R,) where the boxes begin along one axis and how long they are, in pixels of the level."""
+    offset = 0.5 if sampling.aligned else 0.0
+    start = low * sampling.scale - offset
+    length = high * sampling.scale - offset - start
+    return start, length if sampling.aligned else length.clamp(min=1.0)

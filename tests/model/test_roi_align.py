@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import roi_align as torchvision_roi_align
 
 from model.roi_align import assign_levels, multilevel_roi_align
 from tests.reference import roi_align as reference
@@ -146,7 +149,7 @@ def by_torchvision(features: list[Tensor], boxes: Tensor, image_index: Tensor, s
     return torch.empty_like(pooled).index_copy_(0, order, pooled)
 
 
-@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), (14, 2), (7, 1), (14, 0)])
+@pytest.mark.parametrize(("output_size", "sampling_ratio"), [(7, 2), (14, 2), (7, 1), (14, 0), (7, 0)])
 def test_agrees_with_torchvision(output_size: int, sampling_ratio: int) -> None:
     features = random_pyramid(0)
     boxes, image_index = random_boxes(0, 800)
@@ -161,6 +164,31 @@ def test_agrees_with_torchvision(output_size: int, sampling_ratio: int) -> None:
     )
     expected = by_torchvision(features, boxes, image_index, output_size, sampling_ratio)
     torch.testing.assert_close(pooled, expected, atol=2e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    corners=arrays(np.float32, (5, 4), elements=st.floats(-40, 240, width=16)),
+    output_size=st.sampled_from([1, 2, 7, 14]),
+    aligned=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_adaptive_sampling_agrees_with_torchvision_for_any_box(
+    corners: NDArray[np.float32], output_size: int, aligned: bool, dtype: torch.dtype
+) -> None:
+    """Boxes outside the map, without area, on pixel borders, many pixels a bin."""
+    feature = torch.randn(2, 8, 37, 51, generator=torch.Generator().manual_seed(1))
+    feature = feature.to(dtype).contiguous(memory_format=torch.channels_last)
+    corners = np.sort(corners.reshape(5, 2, 2), axis=1).reshape(5, 4)  # torchvision ends on one turned inside out
+    boxes = torch.from_numpy(corners)
+    image_index = torch.tensor([0, 1, 0, 1, 1])
+    found = multilevel_roi_align(
+        [feature], [4], boxes, image_index, output_size=output_size, sampling_ratio=0, aligned=aligned
+    )
+    rois = torch.cat([image_index[:, None].float(), boxes], dim=1)
+    expected = torchvision_roi_align(feature.float(), rois, output_size, 0.25, 0, aligned)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.04
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=0)
 
 
 def pool_by_7(features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
