@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class ModelRow:
     """Of each repeat over all images."""
     agreement: Agreement
     peak_bytes: int
-    """Of device memory; on a CPU of the whole process, all systems in it."""
+    """Of device memory; on a CPU of the whole process, all systems in it, and 0 where the system does not tell."""
     syncs: float | None
     """Times a batch that the host waited for the device, but for events; None where that cannot be counted."""
     tflops: float
@@ -133,25 +134,30 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The best of some products of large square matrices, as the libraries that convolutions use compute them."""
     side = PRODUCT_SIDE[device.type]
     matrix = torch.randn(side, side, device=device).to(dtype)
-    best = math.inf
+    best, before = math.inf, torch.get_float32_matmul_precision()
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        torch.set_float32_matmul_precision("high")  # as its convolutions have it
     for _ in range(8):
         began = time.perf_counter()
         product = matrix @ matrix
         float(product[0, 0])  # waits for a GPU
         best = min(best, time.perf_counter() - began)
+    torch.set_float32_matmul_precision(before)
     return 2 * side**3 / best / 1e12
 
 
 def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
+    elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return 0
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

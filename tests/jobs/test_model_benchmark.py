@@ -52,7 +52,7 @@ def test_each_setting_has_each_system(rows: list[ModelRow]) -> None:
     assert all(row.images_per_second == pytest.approx(1 / row.seconds[0]) for row in rows)
 
 
-def test_float32_agrees_and_bf16_stays_near(rows: list[ModelRow]) -> None:
+def test_float32_agrees(rows: list[ModelRow]) -> None:
     for row in rows:
         if row.system in (REFERENCE, FLOAT32):
             assert row.agreement.matched == 1.0
