@@ -21,7 +21,7 @@ import model
 from jobs.agreement import share_kept
 from model import Detections
 from model.network import Precision
-from pipeline.coco import find_missing_files, read_coco
+from pipeline.coco import CocoDataset, find_missing_files, read_coco
 from pipeline.image_cache import ImageCache
 from pipeline.training_evaluation import Evaluator
 from pipeline.worker_group import WorkerGroup
@@ -54,25 +54,7 @@ def measure_precision(weights: str, annotations: str, images: str, device: torch
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     for precision in precisions:
         net = model.load(weights, device=device, precision=precision)
-        found: list[Detections] = []
-        seconds = 0.0
-
-        def predict(pixels: Sequence[NDArray[np.uint8]], net: model.MaskRCNN = net) -> list[Detections]:
-            nonlocal seconds
-            began = time.perf_counter()
-            found.extend(net.predict(pixels))  # noqa: B023  # called within this turn alone
-            seconds += time.perf_counter() - began
-            return found[-len(pixels) :]  # noqa: B023
-
-        with tempfile.TemporaryDirectory() as cache:
-            scores = Evaluator(
-                dataset,
-                images,
-                categories=net.categories,
-                kinds=("bbox", "segm"),
-                group=WorkerGroup(),
-                cache=ImageCache(cache, max_bytes=10**9),
-            ).scores(predict)
+        found, seconds, scores = _scored(net, dataset, images)
         reference = reference or found
         rows.append(
             PrecisionRow(
@@ -87,6 +69,31 @@ def measure_precision(weights: str, annotations: str, images: str, device: torch
             )
         )
     return rows
+
+
+def _scored(net: model.MaskRCNN, dataset: CocoDataset, images: str) -> tuple[list[Detections], float, dict[str, float]]:
+    """What is found in each image, the seconds that took, and its scores by name."""
+    found: list[Detections] = []
+    seconds = 0.0
+
+    def predict(pixels: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        nonlocal seconds
+        began = time.perf_counter()
+        of_images = net.predict(pixels)
+        seconds += time.perf_counter() - began
+        found.extend(of_images)
+        return of_images
+
+    with tempfile.TemporaryDirectory() as cache:
+        scores = Evaluator(
+            dataset,
+            images,
+            categories=net.categories,
+            kinds=("bbox", "segm"),
+            group=WorkerGroup(),
+            cache=ImageCache(cache, max_bytes=10**9),
+        ).scores(predict)
+    return found, seconds, scores
 
 
 def precision_ratios(rows: Sequence[PrecisionRow]) -> dict[str, float]:
