@@ -90,8 +90,8 @@ def test_a_shrunk_picture_is_an_average(height: int, width: int, shrink: int, mo
     assert pixels.shape == expected.shape == (*replace(header, shrink=shrink).decoded_size, 3)
     # Blocks at the edges hold what the encoder put behind the edge.
     inside = (slice(0, height // shrink), slice(0, width // shrink))
-    assert np.abs(pixels[inside] - expected[inside]).max(initial=0) <= 12
-    assert np.abs(pixels[inside] - expected[inside]).mean() <= 3 if expected[inside].size else True
+    assert np.abs(pixels[inside] - expected[inside]).max() <= 12
+    assert np.abs(pixels[inside] - expected[inside]).mean() <= 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
