@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.fused_conv import fused_conv
+from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -51,14 +52,19 @@ class ConvNorm(nn.Module):
         """`plus` is added before the ReLU: the shortcut of a block."""
         if self.fused:
             return fused_conv(self.conv, x, plus, relu=self.relu)
-        if isinstance(self.norm, FrozenNorm) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            # Nothing of the norm is trained, so it goes into the weights, and a pass over the maps is saved. They are
-            # in bfloat16 in any case: the roundings need not be torchvision's.
-            scale, shift = self.norm.scale_and_shift()
-            x = F.conv2d(x, self.conv.weight * scale[:, None, None, None], shift, **_shape(self.conv))
-        else:
-            x = self.conv(x)
-            x = x if self.norm is None else self.norm(x)
+        weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
+        # In half precision the roundings need not be torchvision's, and passes over the maps are saved.
+        in_half = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if isinstance(norm, FrozenNorm) and in_half:  # nothing of it is trained, so it goes into the weights
+            scale, bias = norm.scale_and_shift()
+            weight, norm = weight * scale[:, None, None, None], None
+        add_by_kernel = in_half and run_kernels_on(x.device)
+        x = F.conv2d(x, weight, None if add_by_kernel else bias, **_shape(self.conv))
+        x = x if norm is None else norm(x)
+        if add_by_kernel:
+            from model.kernels.maps import add_in_training
+
+            return add_in_training(x, bias, plus, relu=self.relu)
         if plus is not None:
             x = x.add_(plus)
         return x.relu_() if self.relu else x

@@ -52,13 +52,12 @@ class MaskRCNN:
         sha256: str,
         device: str | torch.device = "cpu",
         precision: Precision = "fp32",
-        exact: bool | None = None,
+        exact: bool = False,
     ) -> None:
         """`network` is kept as it is and a copy runs; `sha256` is that of the weight file's bytes.
 
         `exact` asks for torchvision's order of computation, which on a CPU gives its boxes and scores to the last bit
-        and takes half as long again; without it results differ by rounding, which now and then tips a close decision.
-        By default fp32 on a CPU is exact.
+        and takes half as long again; without it they differ by rounding, which now and then tips a close decision.
         """
         self.network = network
         self.config = config
@@ -70,7 +69,7 @@ class MaskRCNN:
         self.precision: Precision = precision
         self.batch_size = 16 if self.device.type == "cuda" else 1
         """Images of one padded size to give `detect` at a time. On a CPU more gain nothing: caches overflow sooner."""
-        self.exact = (self.device.type == "cpu" and precision == "fp32") if exact is None else exact
+        self.exact = exact
         self.running = ready_to_run(network, self.device, precision, exact=self.exact)
         """The copy that runs."""
         self._cells = [cell.to(self.device) for cell in anchors_of(config, recipe)]

@@ -69,7 +69,7 @@ def load(
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
     *,
-    exact: bool | None = None,
+    exact: bool = False,
     name: str | None = None,
 ) -> MaskRCNN:
     """A network ready to run from a weight file; ValueError if the file does not fit. For `exact` see `MaskRCNN`."""

@@ -1,6 +1,7 @@
 """What a pyramid does to whole maps besides convolving them, each in one pass over memory.
 
-- `add_to_map`: a bias, and the next coarser level enlarged to the map's size (FPN, Lin et al. 2017), added in place;
+- `add_to_map`: a bias, and the shortcut of a block (He et al. 2015) or the next coarser level enlarged to the map's
+  size (FPN, Lin et al. 2017), added in place, then a ReLU; `add_in_training`: the same with gradients;
 - `max_pool`: the 3×3 maximum at stride 2 behind the stem (He et al. 2015).
 
 Maps are (N, C, H, W) in channels-last memory.
@@ -9,6 +10,8 @@ Maps are (N, C, H, W) in channels-last memory.
 # N images, C channels, H × W cells.
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +22,9 @@ BLOCK = 1024
 """Elements of a program."""
 
 
-def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = None) -> Tensor:
-    """`x` itself, after `bias` (C,) and the nearest cells of `coarse` (N, C, h, w) have been added to it."""
+def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """`x` itself, after `bias` (C,) and the nearest cells of `coarse` (N, C, h, w) have been added to it; with `relu`
+    what is below zero then is zero."""
     channels, height, width = x.shape[1:]
     for values in (x, coarse):
         if values is not None and not values.is_contiguous(memory_format=torch.channels_last):
@@ -38,10 +42,49 @@ def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = No
         coarse_height,
         coarse_width,
         CHANNELS=channels,
+        SAME=(coarse_height, coarse_width) == (height, width),
+        RELU=relu,
         BLOCK=BLOCK,
         enable_fp_fusion=True,
     )
     return x
+
+
+def add_in_training(x: Tensor, bias: Tensor | None, plus: Tensor | None, *, relu: bool) -> Tensor:
+    """`add_to_map` of a `plus` (N, C, H, W) as large as `x`, with gradients for all three. No operation whose gradient
+    needs its output may have made `x`: a convolution or a norm did.
+
+    By torch's operators it is up to three passes over the map, the one that adds a convolution's bias a slow one.
+    """
+    if bias is None and plus is None and not relu:
+        return x
+    maps = [None if one is None else one.contiguous(memory_format=torch.channels_last) for one in (x, plus)]
+    added: Tensor = _Add.apply(maps[0], bias, maps[1], relu)
+    return added
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plus: Tensor | None, relu: bool) -> Tensor:
+        ctx.relu, ctx.bias_dtype = relu, None if bias is None else bias.dtype
+        ctx.plus_dtype = None if plus is None else plus.dtype
+        ctx.mark_dirty(x)
+        add_to_map(x, bias, plus, relu=relu)
+        if relu:
+            ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.relu:
+            gradient = torch.ops.aten.threshold_backward(gradient, *ctx.saved_tensors, 0)
+        of_x, of_bias, of_plus, _ = ctx.needs_input_grad
+        return (
+            gradient if of_x else None,
+            gradient.sum(dim=(0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None,
+            gradient.to(ctx.plus_dtype) if of_plus else None,
+            None,
+        )
 
 
 def max_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -82,6 +125,8 @@ def add(  # type: ignore[no-untyped-def]
     coarse_height,
     coarse_width,
     CHANNELS: tl.constexpr,  # noqa: N803
+    SAME: tl.constexpr,  # noqa: N803
+    RELU: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -91,15 +136,20 @@ def add(  # type: ignore[no-untyped-def]
     if bias is not None:
         value += tl.load(bias + channel, mask=there).to(tl.float32)
     if coarse is not None:
-        cell = element // CHANNELS
-        column = (cell % width).to(tl.int32)
-        row = ((cell // width) % height).to(tl.int32)
-        image = cell // (height * width)
-        # Nearest as torch has it for whole ratios and for the odd sides a pyramid has: floor(i * in / out).
-        coarse_row = row * coarse_height // height
-        coarse_column = column * coarse_width // width
-        coarse_cell = (image * coarse_height + coarse_row) * coarse_width + coarse_column
-        value += tl.load(coarse + coarse_cell * CHANNELS + channel, mask=there).to(tl.float32)
+        if SAME:
+            value += tl.load(coarse + element, mask=there).to(tl.float32)
+        else:
+            cell = element // CHANNELS
+            column = (cell % width).to(tl.int32)
+            row = ((cell // width) % height).to(tl.int32)
+            image = cell // (height * width)
+            # Nearest as torch has it for whole ratios and for the odd sides a pyramid has: floor(i * in / out).
+            coarse_row = row * coarse_height // height
+            coarse_column = column * coarse_width // width
+            coarse_cell = (image * coarse_height + coarse_row) * coarse_width + coarse_column
+            value += tl.load(coarse + coarse_cell * CHANNELS + channel, mask=there).to(tl.float32)
+    if RELU:
+        value = tl.where(value < 0, 0.0, value)  # NaN stays
     tl.store(x + element, value.to(x.dtype.element_ty), mask=there)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -72,3 +74,29 @@ def test_size_is_kept_at_stride_one() -> None:
     for kernel_size in (1, 3, 7):
         module = ConvNorm(2, 3, kernel_size=kernel_size)
         assert module(torch.zeros(1, 2, 5, 8)).shape == (1, 3, 5, 8)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "batch", None])
+@pytest.mark.parametrize("relu", [True, False])
+def test_sums_by_a_kernel_are_torchs(
+    kind: Literal["frozen", "batch"] | None, relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    module = ConvNorm(6, 8, kernel_size=3, norm=None if kind is None else norm_of(kind, 1e-5), relu=relu)
+    module.to(memory_format=torch.channels_last)
+    x, plus = (torch.randn(2, channels, 9, 10) for channels in (6, 8))
+    found = []
+    for by_kernel in (False, True):
+        monkeypatch.setattr("model.conv_norm.run_kernels_on", lambda _, by_kernel=by_kernel: by_kernel)
+        module.zero_grad()
+        shortcut = plus.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = module(x.contiguous(memory_format=torch.channels_last), shortcut * 1)
+        maps.float().square().sum().backward()
+        assert shortcut.grad is not None
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        found.append([maps.detach().float(), shortcut.grad, *grads])
+    assert len(found[0]) == len(found[1]) > 2
+    for theirs, ours in zip(*found, strict=True):
+        assert (theirs - ours).norm() <= 0.02 * theirs.norm()

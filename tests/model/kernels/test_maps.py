@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from model.kernels.maps import add_to_map, max_pool
+from model.kernels.maps import add_in_training, add_to_map, max_pool
 from tests.model.kernels.compiling import compiled_ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,20 +37,62 @@ def test_a_sum_by_hand() -> None:
     seed=st.integers(0, 2**32),
     shape=st.tuples(st.integers(1, 2), st.sampled_from([1, 5, 16]), st.integers(1, 7), st.integers(1, 9)),
     with_bias=st.booleans(),
-    with_coarse=st.booleans(),
+    coarser=st.sampled_from([None, 1, 2]),
+    relu=st.booleans(),
 )
-@settings(deadline=None, max_examples=25)
-def test_sums_are_torchs(seed: int, shape: tuple[int, int, int, int], with_bias: bool, with_coarse: bool) -> None:
+@settings(deadline=None, max_examples=40)
+def test_sums_are_torchs(
+    seed: int, shape: tuple[int, int, int, int], with_bias: bool, coarser: int | None, relu: bool
+) -> None:
     num_images, channels, height, width = shape
     x = random_map(seed, *shape)
     bias = torch.arange(float(channels), device=DEVICE) if with_bias else None
-    coarse = random_map(seed + 1, num_images, channels, (height + 1) // 2, (width + 1) // 2) if with_coarse else None
+    coarse = None
+    if coarser is not None:
+        coarse = random_map(seed + 1, num_images, channels, -(-height // coarser), -(-width // coarser))
     expected = x.clone()
     if bias is not None:
         expected = expected + bias[:, None, None]
     if coarse is not None:
         expected = expected + F.interpolate(coarse, size=(height, width), mode="nearest")
-    assert torch.equal(add_to_map(x, bias, coarse), expected)
+    expected = expected.relu() if relu else expected
+    assert torch.equal(add_to_map(x, bias, coarse, relu=relu), expected)
+
+
+def test_what_is_no_number_stays_so() -> None:
+    x = torch.tensor([[[[torch.nan, -1.0]]]], device=DEVICE).contiguous(memory_format=torch.channels_last)
+    assert add_to_map(x, relu=True).flatten().nan_to_num(7).tolist() == [7.0, 0.0]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    shape=st.tuples(st.integers(0, 2), st.sampled_from([1, 5, 16]), st.integers(1, 5), st.integers(1, 5)),
+    with_bias=st.booleans(),
+    with_plus=st.booleans(),
+    relu=st.booleans(),
+)
+@settings(deadline=None, max_examples=25)
+def test_gradients_are_torchs(
+    seed: int, shape: tuple[int, int, int, int], with_bias: bool, with_plus: bool, relu: bool
+) -> None:
+    start, plus, weight = (random_map(seed + index, *shape) for index in range(3))
+    bias = torch.arange(float(shape[1]), device=DEVICE) - 2
+    found = []
+    for add in (add_in_training, _add_by_torch):
+        leaves = [one.clone(memory_format=torch.preserve_format).requires_grad_() for one in (start, bias, plus)]
+        added = add(leaves[0] * 1, leaves[1] if with_bias else None, leaves[2] if with_plus else None, relu=relu)
+        (added * weight).sum().backward()  # type: ignore[no-untyped-call]
+        found.append([added.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+
+
+def _add_by_torch(x: Tensor, bias: Tensor | None, plus: Tensor | None, *, relu: bool) -> Tensor:
+    x = x if bias is None else x + bias[:, None, None]
+    x = x if plus is None else x + plus
+    return x.relu() if relu else x
 
 
 def test_a_maximum_by_hand() -> None:
@@ -102,7 +144,6 @@ def test_compiles_for_hopper(kernel: str, tmp_path: Path) -> None:
     }[kernel]
     maps = {"add": ["x", "bias", "coarse"], "pool": ["x", "pooled"]}[kernel]
     signature = dict.fromkeys(maps, "*bf16") | dict.fromkeys(["num_elements", *sizes], "i32")
-    signature |= {"CHANNELS": "constexpr", "BLOCK": "constexpr"}
-    compiled_ptx(
-        f"model.kernels.maps:{kernel}", signature, {"CHANNELS": 256, "BLOCK": 1024}, tmp_path, enable_fp_fusion=True
-    )
+    choices = {"add": {"SAME": True, "RELU": True}, "pool": {}}[kernel] | {"CHANNELS": 256, "BLOCK": 1024}
+    signature |= dict.fromkeys(choices, "constexpr")
+    compiled_ptx(f"model.kernels.maps:{kernel}", signature, choices, tmp_path, enable_fp_fusion=True)
