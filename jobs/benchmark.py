@@ -6,7 +6,8 @@
   torchvision's decoder in ``map_batches``.
 - ``end_to_end_vs_model_loop``: fetch … commit with a real network against a bare loop over images decoded beforehand.
 - ``model_vs_torchvision``: pixels in memory to run lengths, of the same images with the same weights, against
-  torchvision's network in float32; its other forms and ours are rows beside it.
+  torchvision's network in float32; its other forms and ours are rows beside it. ``model_vs_untuned_torchvision``:
+  the same in a process that nothing of ours is set in, which on a CPU is how its users have it.
 - ``model_vs_detectron2``: the same with detectron2's own R50-FPN, where it is installed.
 - ``bf16_box_ap_points``, ``bf16_mask_ap_points``, ``bf16_kept``: what bf16 changes in the answers of trained weights.
 - ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
@@ -27,7 +28,7 @@ import multiprocessing
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from rich.table import Table
 from jobs import bare_loop_peer, bare_training_peer, ray_data_peer, torchvision_training_peer
 from jobs.benchmark_rows import Row, take_turns
 from jobs.command import run
-from jobs.model_benchmark import ModelRow, measure_model
+from jobs.model_benchmark import ModelRow, measure_model, measure_untuned
 from jobs.model_systems import ModelBenchmark, Peer
 from jobs.model_tables import model_ratios, model_table, speed_picture, stage_table
 from jobs.pipeline_benchmark import copy_images, measure_end_to_end, measure_pipeline, random_weights
@@ -84,7 +85,7 @@ class BenchmarkConfig:
     """For the model part: the short side of its input, pixels."""
     model_peers: tuple[Peer, ...] = ("eager", "bf16")
     """For the model part: the forms of torchvision's network, compiling which takes minutes, and detectron2's where it
-    is installed."""
+    is installed. Untuned: torchvision's also with the memory allocator's own settings."""
     picture: str | None = None
     """For the model part: where a picture of its speeds goes, .png."""
     train_steps: int = 24
@@ -208,7 +209,12 @@ def main(config: BenchmarkConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="maskline-benchmark-") as name:
         work = Path(name)
         if "model" in config.parts:
-            model_rows = _in_process(measure_model, _model_setting(config, work), bare_loop_peer.read_pixels)
+            setting = _model_setting(config, work)
+            if "untuned" in config.model_peers:
+                model_rows += _in_process({}, measure_untuned, setting, bare_loop_peer.read_pixels)
+            # Keeps freed memory, as our actors do; the peers gain by it too.
+            tuned = _in_process(cluster.WORKER_ENVIRONMENT, measure_model, setting, bare_loop_peer.read_pixels)
+            model_rows = tuned + model_rows
         if config.annotations is not None and config.annotated_images is not None and "precision" in config.parts:
             precision_rows = measure_precision(
                 config.weights or "nuclei",
@@ -230,9 +236,9 @@ def main(config: BenchmarkConfig) -> None:
     _print(rows, model_rows, precision_rows, config)
 
 
-def _in_process(measure: Callable[..., T], *given: object) -> T:
-    """In a process that keeps freed memory, as our actors do; the peers gain by it too."""
-    os.environ.update(cluster.WORKER_ENVIRONMENT)
+def _in_process(environment: Mapping[str, str], measure: Callable[..., T], *given: object) -> T:
+    """In a process of its own that has these variables too."""
+    os.environ.update(environment)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, *given).result()
 

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 
 from jobs.agreement import Agreement, agreement
 from jobs.model_systems import (
+    UNTUNED,
     Batches,
     ModelBenchmark,
     Pixels,
@@ -76,6 +77,16 @@ def measure_model(benchmark: ModelBenchmark, read: Callable[[Path], Pixels]) -> 
     if "detectron2" in benchmark.peers:
         rows += _measure(with_detectron2(images, benchmark), benchmark)
     return rows
+
+
+def measure_untuned(benchmark: ModelBenchmark, read: Callable[[Path], Pixels]) -> list[ModelRow]:
+    """Rows of torchvision's forms alone, for a process that nothing of ours is set in."""
+    images = [read(path) for path in benchmark.paths]
+    rows: list[ModelRow] = []
+    for setting in with_torchvision(images, benchmark):
+        theirs = {name: system for name, system in setting.systems.items() if not name.startswith("maskline")}
+        rows += _measure(replace(setting, systems=theirs), benchmark)
+    return [replace(row, system=row.system + UNTUNED) for row in rows]
 
 
 def _measure(setting: Setting, benchmark: ModelBenchmark) -> list[ModelRow]:

@@ -27,10 +27,12 @@ Pixels = NDArray[np.uint8]
 Batches = list[list[Pixels]]
 Predict = Callable[[Batches], list[Detections]]
 
-Peer = Literal["eager", "bf16", "compiled", "detectron2"]
+Peer = Literal["eager", "bf16", "compiled", "detectron2", "untuned"]
 
 REFERENCE = "torchvision, float32"
 DETECTRON2 = "detectron2, float32"
+UNTUNED = ", untuned"
+"""Ends the name of a peer in a process with the allocator's own settings, as its users have it."""
 FILLED = 2.5
 """Deviations that mask logits are raised by: all but some in a hundred of a mask's cells are then set."""
 FEW_DETECTIONS = 10
@@ -133,7 +135,12 @@ def with_detectron2(images: Sequence[Pixels], benchmark: ModelBenchmark) -> Sett
 def _ours(weights: bytes, benchmark: ModelBenchmark) -> dict[str, MaskRCNN]:
     loaded = model.load(weights)
     config = replace(loaded.config, min_size=benchmark.min_size, max_size=benchmark.max_size)
-    precisions: dict[str, Precision] = {"maskline, float32": "fp32", "maskline, bf16": "bf16"}
+    precisions: dict[str, tuple[Precision, bool]] = {
+        "maskline, float32": ("fp32", False),
+        "maskline, bf16": ("bf16", False),
+    }
+    if benchmark.device.type == "cpu":
+        precisions["maskline, float32, exact"] = ("fp32", True)
     nets = {
         name: MaskRCNN(
             loaded.network,
@@ -144,8 +151,9 @@ def _ours(weights: bytes, benchmark: ModelBenchmark) -> dict[str, MaskRCNN]:
             sha256=loaded.sha256,
             device=benchmark.device,
             precision=precision,
+            exact=exact,
         )
-        for name, precision in precisions.items()
+        for name, (precision, exact) in precisions.items()
     }
     for net in nets.values():
         net.batch_size = benchmark.batch_size
