@@ -228,9 +228,21 @@ def _manifest_items(info: FileInfo, shared: _Inputs) -> Iterator[Item]:
 
 def _manifest_entries(info: FileInfo) -> Iterator[FileInfo | Item]:
     uris = manifest_uris(info)
+    entry = _manifest_entry if is_local(info.uri) else _remote_manifest_entry
     with ThreadPoolExecutor(STAT_THREADS, thread_name_prefix="stat") as pool:
         while chunk := list(islice(uris, STATS_AT_ONCE)):
-            yield from (map if all(map(is_local, chunk)) else pool.map)(_manifest_entry, chunk)
+            yield from (map if all(map(is_local, chunk)) else pool.map)(entry, chunk)
+
+
+def _remote_manifest_entry(uri: str) -> FileInfo | Item:
+    """Whoever may write to a bucket has no say over the files of the machines that read it."""
+    if not is_local(uri):
+        return _manifest_entry(uri)
+    key = printable(public_uri(uri))
+    return failed_item(
+        FileInfo(key, -1, MISSING_VERSION),
+        ArchiveError(key, "unsupported", "a manifest in a store names a file of this machine"),
+    )
 
 
 def _manifest_entry(uri: str) -> FileInfo | Item:

@@ -60,6 +60,12 @@ def connect(address: str | None) -> None:
         ray.init(address=named or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError) as error:
         raise ConfigError(f"no Ray cluster answers at {named or 'local'}: {error}; check --address") from error
+    if named and os.environ.get("RAY_AUTH_MODE") != "token":
+        logger.warning(
+            "the Ray cluster at %s asks for no token, so whoever reaches its ports can run code there; start it, and "
+            "this, with RAY_AUTH_MODE=token (see SECURITY.md)",
+            named,
+        )
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda"], address: str | None) -> Device:
