@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -47,6 +48,8 @@ class SegmentConfig:
     """The results table's root: a folder or a URI. The same table again is how a run resumes."""
     weights: str
     """A weights file or its URI, or a name: demo and nuclei come with maskline, coco is downloaded from torchvision."""
+    weights_sha256: str | None = None
+    """What the weights file's sha256 must be, hexadecimal; another file is refused before anything is started."""
     score_threshold: float = 0.5
     """Detections below it are not written."""
     images_per_shard: int = ShardConfig.images_per_shard
@@ -59,6 +62,9 @@ class SegmentConfig:
     """Where the model runs; auto takes GPUs where the cluster has any."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the model's trunk and heads; boxes are always float32. auto is bf16 on cuda, fp32 on a CPU."""
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Images of one padded size that the model is given at once; by default 16 on cuda, 1 on a CPU. Where device memory
+    runs out a batch is halved."""
     max_images: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Do no more than this many images in this run."""
     max_image_pixels: int = DecodeLimits.max_image_pixels
@@ -66,6 +72,8 @@ class SegmentConfig:
     shrink_jpegs: bool = False
     """Decode a JPEG to a half, a quarter or an eighth of its sides where the model's input is no larger: a large
     photograph then takes a third less time to decode and a fraction of the memory, and scores change a little."""
+    stall_timeout: float = ScheduleConfig.stall_timeout_seconds
+    """Seconds without one finished image after which an actor's shards are issued to others too."""
     retry_failed: bool = False
     """Do images again whose row says failed."""
     address: str | None = None
@@ -83,6 +91,12 @@ class SegmentConfig:
         parse_actors(self.actors)
         if self.cpus_per_actor is not None and self.cpus_per_actor <= 0:
             raise ConfigError(f"cpus_per_actor must be more than 0, got {self.cpus_per_actor}")
+        if self.weights_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.weights_sha256):
+            raise ConfigError(f"weights_sha256 must be 64 hexadecimal digits, got {self.weights_sha256!r}")
+        if self.stall_timeout <= 0:
+            raise ConfigError(f"stall_timeout must be more than 0 seconds, got {self.stall_timeout}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
         self.shard_config()
         self.decode_limits()
 
@@ -118,7 +132,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
     config = replace(config, output=storage.public_uri(config.output))  # absolute: actors have folders of their own
     device = cluster.choose_device(config.device, config.address)
     precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision
-    weights, info = read_weights(config.weights)
+    weights, info = read_weights(config.weights, sha256=config.weights_sha256)
     metadata = describe_table(config, info, precision)
     plan_started = time.monotonic()
     listing = Listing()
@@ -140,7 +154,9 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             commits.create_table(config.output)
         except OSError as error:
             raise ConfigError(f"cannot write to {config.output}: {error}; check --output") from error
-        load = load_segmenter or functools.partial(load_weights, weights, info.name, device, precision)
+        load = load_segmenter or functools.partial(
+            load_weights, weights, info.name, device, precision, config.batch_size
+        )
         _run_plan(config, plan, summary, metadata, load, device)
         summary.seconds = time.monotonic() - started
         storage.write_bytes(
@@ -180,7 +196,13 @@ def _run_plan(
             shrink_jpegs=config.shrink_jpegs,
             decode_threads=max(2, int(cpus)),
         ),
-        ScheduleConfig(min_actors=bounds[0], max_actors=bounds[1], gpus_per_actor=shape.gpus, cpus_per_actor=cpus),
+        ScheduleConfig(
+            min_actors=bounds[0],
+            max_actors=bounds[1],
+            gpus_per_actor=shape.gpus,
+            cpus_per_actor=cpus,
+            stall_timeout_seconds=config.stall_timeout,
+        ),
         is_suspect=lambda shard: attempts[shard.shard_id] >= SUSPECT_AFTER_ATTEMPTS,
     )
     with _stop_on_signal() as stop, ProgressView(plan.num_images, plan.num_shards) as view:
@@ -214,11 +236,11 @@ def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
     stop.set()
 
 
-def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
+def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes, WeightsInfo]:
     """The weights' bytes (a name stays a name) and what they are.
 
     Raises:
-        ConfigError: there is no such file, or it is not weights that this model understands.
+        ConfigError: there is no such file, it is not weights that this model understands, or not those of the `sha256`.
     """
     try:
         weights: str | bytes = source if source in NAMES else storage.read_bytes(source)
@@ -228,6 +250,11 @@ def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
         raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
     except (ValueError, OSError) as error:
         raise ConfigError(f"weights {storage.public_uri(source)}: {error}") from error
+    if sha256 is not None and info.sha256 != sha256.lower():
+        raise ConfigError(
+            f"weights {storage.public_uri(source)} have sha256 {info.sha256}, but --weights-sha256 is "
+            f"{sha256.lower()}: this is not the file you pinned; see where it comes from before you pin it anew"
+        )
     if info.config.proposals == "given":
         raise ConfigError(
             f"weights {storage.public_uri(source)} are a Fast R-CNN, which needs proposals for every image; "
@@ -236,14 +263,18 @@ def read_weights(source: str) -> tuple[str | bytes, WeightsInfo]:
     return weights, info
 
 
-def load_weights(weights: str | bytes, name: str, device: Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
+def load_weights(
+    weights: str | bytes, name: str, device: Device, precision: Literal["fp32", "bf16"], batch_size: int | None = None
+) -> Segmenter:
     """In an actor: the model on its device, with the actor's own share of threads."""
     import ray
     import torch
 
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, int(cpus)))
-    return model.load(weights, device=device, precision=precision, name=name)
+    net = model.load(weights, device=device, precision=precision, name=name)
+    net.batch_size = batch_size or net.batch_size
+    return net
 
 
 def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> TableMetadata:
@@ -294,6 +325,13 @@ def main(config: SegmentConfig) -> None:
     )
     for reason, count in sorted(summary.failed_by_reason.items()):
         print(f"  failed, {reason}: {count}")
+    memory = f", at most {summary.peak_device_bytes / 1e9:.1f} GB of device memory" if summary.peak_device_bytes else ""
+    print(f"  the model computed {summary.model_busy:.0%} of the time, in batches of {summary.batch_size}{memory}")
+    if summary.batch_halvings:
+        print(
+            f"  device memory ran out {summary.batch_halvings} times, and batches were halved; a smaller --batch-size"
+            " saves that"
+        )
 
 
 if __name__ == "__main__":

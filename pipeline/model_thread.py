@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from model.structures import Detections, ImageSize, sizes_of
+from pipeline.shard_attempts import DeviceUse
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +63,8 @@ class ModelThread:
     """Loads a segmenter and runs its ``detect`` on one thread, its ``encode`` on another. Errors of loading pass."""
 
     def __init__(self, load_segmenter: Callable[[], Segmenter], score_threshold: float) -> None:
-        self.busy_seconds = 0.0
-        """Spent inside ``detect``."""
-        self.num_halvings = 0
-        """How often a batch was halved for want of device memory."""
+        self._busy_seconds = 0.0
+        self._num_halvings = 0
         self._score_threshold = score_threshold
         self._max_batch: dict[ImageSize, int] = {}
         self._queue: PriorityQueue[tuple[int, int, _Batch, Future[list[Detections]]]] = PriorityQueue()
@@ -82,6 +83,16 @@ class ModelThread:
         self._queue.put((urgency, next(self._sequence), _Batch(images, sizes or sizes_of(images)), future))
         return future
 
+    def use(self) -> DeviceUse:
+        """So far."""
+        return DeviceUse(
+            actor=f"{socket.gethostname()}:{os.getpid()}",
+            batch_size=self.segmenter.batch_size,
+            halvings=self._num_halvings,
+            peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            busy_seconds=self._busy_seconds,
+        )
+
     def _run(self, load_segmenter: Callable[[], Segmenter], loaded: Future[Segmenter]) -> None:
         self._encoders.submit(_compute_on_one_core).result()  # before load sets what this thread may use
         try:
@@ -98,7 +109,7 @@ class ModelThread:
                 future.set_exception(error)
             else:
                 self._encoders.submit(self._encode, parts, future)
-            self.busy_seconds += time.perf_counter() - started
+            self._busy_seconds += time.perf_counter() - started
 
     def _detect(self, batch: _Batch) -> list[Any]:
         """Detect in as few parts as device memory allows, remembering how many that were for this size."""
@@ -113,7 +124,7 @@ class ModelThread:
             if num_images == 1:
                 raise
         self._max_batch[size] = num_images // 2
-        self.num_halvings += 1
+        self._num_halvings += 1
         logger.warning("out of device memory, batch halved size=%s images=%d", size, num_images // 2)
         torch.cuda.empty_cache()
         return self._detect(batch)

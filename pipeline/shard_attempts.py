@@ -69,6 +69,22 @@ class ActorProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceUse:
+    """What the model of one actor asked of its device since the actor began."""
+
+    actor: str = ""
+    """Host and process."""
+    batch_size: int = 0
+    """Images of one padded size that are given at once, where memory allows."""
+    halvings: int = 0
+    """How often a batch was halved for want of device memory."""
+    peak_bytes: int = 0
+    """Of device memory; 0 on a CPU."""
+    busy_seconds: float = 0.0
+    """Spent in the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardOutcome:
     """What became of one attempt. All its rows are committed, by it or by another."""
 
@@ -80,3 +96,4 @@ class ShardOutcome:
     instances: int
     seconds: float
     stages: StageSeconds
+    device: DeviceUse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from pipeline import storage
 from pipeline.commits import Commit
 from pipeline.errors import ShardError
 from pipeline.schedule import ScheduleResult
+from pipeline.shard_attempts import DeviceUse
 from pipeline.shards import Plan
 
 RUN_TIME_FORMAT = "%Y%m%dT%H%M%S%f"
@@ -57,6 +59,15 @@ class Summary:
     """Images of this run over ``run_seconds``."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """What shards waited for, summed over shards."""
+    actors: int = 0
+    """That committed something."""
+    model_busy: float = 0.0
+    """Share of ``run_seconds`` that their models computed in, the mean over the actors."""
+    batch_size: int = 0
+    batch_halvings: int = 0
+    """How often a batch was halved for want of device memory, all actors together."""
+    peak_device_bytes: int = 0
+    """Of the actor that used most; 0 on a CPU."""
     stopped: bool = False
 
     @staticmethod
@@ -89,8 +100,20 @@ class Summary:
         self.retries, self.actor_deaths = result.num_retries, result.num_actor_deaths
         self.stopped = result.stopped
         self.stage_seconds = {stage: round(seconds, 3) for stage, seconds in stages.items()}
+        self._take_in([outcome.device for outcome in result.outcomes], result.seconds)
         self.run_seconds = result.seconds
         self.images_per_second = images / result.seconds if result.seconds else 0.0
+
+    def _take_in(self, uses: Sequence[DeviceUse], seconds: float) -> None:
+        """What actors said of their devices, of each the last."""
+        last = {use.actor: use for use in sorted(uses, key=lambda use: use.busy_seconds)}.values()
+        if not last or not seconds:
+            return
+        self.actors = len(last)
+        self.model_busy = round(statistics.mean(use.busy_seconds for use in last) / seconds, 3)
+        self.batch_size = max(use.batch_size for use in last)
+        self.batch_halvings = sum(use.halvings for use in last)
+        self.peak_device_bytes = max(use.peak_bytes for use in last)
 
     def raise_if_incomplete(self) -> None:
         """

@@ -241,3 +241,39 @@ def test_a_network_that_needs_proposals_is_refused_with_the_way_out(archive: Pat
     assert "fast.safetensors are a Fast R-CNN" in run.stderr
     assert "predict(images, proposals=...)" in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trained_weights_find_the_same_in_any_batch(precision: str, tmp_path: Path) -> None:
+    write_archive(tmp_path / "archive", num_images=48, num_in_tar=0, seed=5)
+    found = []
+    for batch_size in (1, 4, 16):
+        output = tmp_path / f"out{batch_size}"
+        options = ("--precision", precision, "--batch-size", batch_size, "--score-threshold", 0.25, "--json")
+        summary = last_json(
+            maskline("segment", tmp_path / "archive", "--output", output, "--weights", "demo", *options)
+        )
+        assert (summary["images_ok"], summary["batch_size"]) == (48, batch_size)
+        found.append(open_results(str(output)).instances().to_table().to_pylist())
+    alone, *others = found
+    assert len(alone) > 100
+    for together in others:
+        _all_found(alone, together)
+        _all_found(together, alone)
+
+
+def _all_found(rows: list[dict[str, Any]], among: list[dict[str, Any]]) -> None:
+    """Each sure instance has one of its own class in its place, with the same mask."""
+    for row in rows:
+        if row["score"] < 0.3:
+            continue
+        same = [
+            one for one in among if (one["image_key"], one["category_id"]) == (row["image_key"], row["category_id"])
+        ]
+        overlaps = coco_mask.iou([_rle(row)], [_rle(one) for one in same], [0] * len(same))
+        assert overlaps.max() >= 0.99
+
+
+def _rle(row: dict[str, Any]) -> dict[str, Any]:
+    return {"size": [row["mask_height"], row["mask_width"]], "counts": row["mask_rle"].encode()}

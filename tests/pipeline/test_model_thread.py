@@ -38,7 +38,9 @@ def test_out_of_memory_halves_the_batch_keeps_the_order_and_is_remembered() -> N
     found = thread.submit(0, images(7)).result()
     assert [round(one.scores[0] * 255) if len(one) else None for one in found] == [None] * 7
     assert len(found) == 7
-    assert thread.num_halvings == 2
+    use = thread.use()
+    assert (use.halvings, use.batch_size) == (2, Cramped.batch_size)
+    assert use.busy_seconds > 0
     assert Cramped.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]  # 7 → 3 → 1
     Cramped.sizes = []
     thread.submit(0, images(3)).result()

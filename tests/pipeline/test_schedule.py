@@ -24,9 +24,10 @@ from pipeline.results import Results, TableMetadata, open_results
 from pipeline.schedule import Schedule, ScheduleConfig, ScheduleResult, Tick
 from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, ShardConfig
+from pipeline.summary import Summary
 from tests.pipeline.poison import HANGS, KILLS, decode_poisoned
 from tests.reference import processes
-from tests.reference.tiny_segmenter import load_broken, load_slow, load_tiny
+from tests.reference.tiny_segmenter import load_broken, load_cramped, load_slow, load_tiny
 
 METADATA = TableMetadata(weights_name="t", weights_sha256="1", settings_hash="2", settings={}, categories={1: "bright"})
 NUM_IMAGES = 24
@@ -85,7 +86,11 @@ def run(
         load,
         actor_config,
         ScheduleConfig(
-            max_actors=actors, cpus_per_actor=0.5, grace_seconds=10, stall_timeout_seconds=stall_timeout_seconds
+            min_actors=actors,  # whichever a test picks has shards
+            max_actors=actors,
+            cpus_per_actor=0.5,
+            grace_seconds=10,
+            stall_timeout_seconds=stall_timeout_seconds,
         ),
         is_suspect=lambda _: suspect,
     )
@@ -100,6 +105,18 @@ def keys_of(output: Path) -> list[str]:
 
 
 ALL_KEYS = [f"{index:02d}.png" for index in range(NUM_IMAGES)]
+
+
+def test_out_of_device_memory_halves_batches_and_is_told(archive: Path, tmp_path: Path) -> None:
+    result = run(archive, tmp_path / "out", load=load_cramped)
+    assert keys_of(tmp_path / "out") == ALL_KEYS
+    assert not result.num_retries
+    summary = Summary(run_id="r1", output="o", images_listed=24, images_already_done=0, images_planned=24)
+    summary.fill(result)
+    assert summary.batch_size == 4
+    assert summary.batch_halvings == 2  # from 4 to 2, from 2 to 1, and then it is known
+    assert 0 < summary.model_busy < 1
+    assert summary.actors == 1
 
 
 def signal_one_actor(number: signal.Signals) -> Callable[[Tick], None]:
@@ -152,6 +169,30 @@ def test_a_poison_image_costs_one_row(archive: Path, tmp_path: Path) -> None:
     failed = {Path(row["image_key"]).name: row["reason"] for row in rows if row["status"] == "failed"}
     assert failed == {"05.png": "killed_worker", "13.png": "timeout"}
     assert keys_of(tmp_path / "out") == ALL_KEYS
+
+
+@pytest.mark.slow
+def test_four_poison_images_of_two_thousand_cost_four_rows(tmp_path: Path) -> None:
+    archive, output = tmp_path / "archive", tmp_path / "out"
+    archive.mkdir()
+    pixels = np.random.default_rng(0)
+    for index in range(2_000):
+        Image.fromarray(pixels.integers(0, 255, (20, 30, 3), np.uint8)).save(archive / f"{index:04d}.png")
+    poisons = {"0101.png": KILLS, "0750.png": KILLS, "1499.png": HANGS, "1903.png": KILLS}
+    for name, mark in poisons.items():
+        with (archive / name).open("ab") as file:
+            file.write(mark)
+    result = run(archive, output, decoder=decode_poisoned, actors=2, images_per_shard=100, stall_timeout_seconds=10.0)
+    assert not result.given_up
+    rows = open_results(str(output)).images().to_table().to_pylist()
+    reasons = {Path(row["image_key"]).name: row["reason"] for row in rows if row["status"] == "failed"}
+    assert reasons == {name: "killed_worker" if mark == KILLS else "timeout" for name, mark in poisons.items()}
+    assert len(keys_of(output)) == len(set(keys_of(output))) == 2_000
+    attempts = commits.count_attempts(str(output))
+    own = {row["shard_id"] for row in rows if row["status"] == "failed"}
+    assert len(attempts) == 20
+    assert max(times for shard, times in attempts.items() if shard not in own) <= 2
+    print(f"attempts: {sorted(attempts.values())}, deaths {result.num_actor_deaths}")  # noqa: T201
 
 
 def test_suspect_mode_gives_the_same_instances(archive: Path, tmp_path: Path) -> None:

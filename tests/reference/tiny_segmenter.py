@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
@@ -51,12 +52,28 @@ def _bright_part(image: NDArray[np.uint8]) -> Detections:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrampedSegmenter(TinySegmenter):
+    """Has device memory for one image only."""
+
+    def detect(
+        self, images: Sequence[NDArray[np.uint8]], score_threshold: float, *, sizes: Sequence[ImageSize]
+    ) -> Sequence[NDArray[np.uint8]]:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return images
+
+
 def load_tiny() -> TinySegmenter:
     return TinySegmenter()
 
 
 def load_slow() -> TinySegmenter:
     return TinySegmenter(batch_size=1, seconds_per_batch=0.05)
+
+
+def load_cramped() -> TinySegmenter:
+    return CrampedSegmenter()
 
 
 def load_broken() -> TinySegmenter:
