@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -63,6 +64,8 @@ Part = Literal["model", "precision", "step", "train", "pipeline", "end_to_end"]
 
 T = TypeVar("T")
 
+LOG_WIDTH = 200
+"""Columns of a table that goes to a file."""
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
 
@@ -271,15 +274,16 @@ def _print(
     for row in rows:
         repeats = " ".join(f"{row.images / seconds:.1f}" for seconds in row.seconds)
         table.add_row(row.part, row.system, str(row.images), f"{row.images_per_second:.2f}", repeats)
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     if rows:
-        Console().print(table)
+        console.print(table)
     if model_rows:
-        Console().print(model_table(model_rows))
-        Console().print(stage_table(model_rows))
+        console.print(model_table(model_rows))
+        console.print(stage_table(model_rows))
         if config.picture is not None:
             Path(config.picture).write_bytes(speed_picture(model_rows, f"{machine}; {versions}"))
     if precision_rows:
-        Console().print(precision_table(precision_rows))
+        console.print(precision_table(precision_rows))
     ratios = _ratios(rows) | model_ratios(model_rows) | precision_ratios(precision_rows)
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3g}")
