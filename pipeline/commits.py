@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.errors import CommitError, ConfigError
+from pipeline.retry import retry_after
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +149,13 @@ def publish(output: str, commit: Commit, *, exclusive: bool) -> Literal["won", "
     deadline = time.monotonic() + COMMIT_BUDGET_SECONDS
     pause, last_error = 0.1, None
     while True:
+        asked = 0.0  # the wait that the store asks for
         try:
             if storage.create_exclusive(uri, data):
                 return "won"
         except OSError as error:  # the answer is unknown: the PUT may have succeeded
             last_error = error
+            asked = retry_after(error) or 0.0
             logger.warning("commit answer unknown shard=%s error=%s", commit.shard_id, error)
         winner = None
         try:
@@ -166,7 +169,7 @@ def publish(output: str, commit: Commit, *, exclusive: bool) -> Literal["won", "
                 f"cannot commit shard {commit.shard_id}: no clear answer for {COMMIT_BUDGET_SECONDS:.0f} s, "
                 f"last: {last_error}; its files stay unread, run the same command again"
             ) from last_error
-        time.sleep(pause * random.uniform(0.5, 1.5))
+        time.sleep(max(asked, pause * random.uniform(0.5, 1.5)))
         pause = min(2 * pause, 10.0)
 
 

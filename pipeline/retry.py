@@ -1,7 +1,7 @@
 """One retry rule for remote stores: jittered, for minutes, and only for what may pass by itself.
 
 A call and its URI enter; its answer, or an ``OSError`` or ``ConfigError``, leaves. The clients' own retries are
-turned off (``storage.py``): s3fs sleeps 1.9 s in all, and nested retries multiply the load on a throttled store.
+turned off (``uris.py``): s3fs sleeps 1.9 s in all, and nested retries multiply the load on a throttled store.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 150.0
 """How long one call is tried again before its error is raised."""
+
+RETRY_AFTER_SECONDS = 60.0
+"""The longest wait that a store's Retry-After is granted."""
 
 CLIENT_PACKAGES = {
     "botocore",
@@ -43,6 +47,7 @@ TRANSIENT_CLASSES = {
     "ResponseParserError",  # botocore: a throttled S3 may answer with half a document
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",  # aiohttp: the body ended early
+    "ProxyError",  # requests: how gcsfs raises an answer 502
     "IncompleteRead",  # urllib3, http.client
     "ServiceRequestError",  # azure
     "ServiceResponseError",  # azure
@@ -89,13 +94,14 @@ def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
     def wrapper(uri: str, /, *args: P.args, **kwargs: P.kwargs) -> T:
         noted = False
 
-        def should_retry(error: Exception) -> bool:
+        def should_retry(error: Exception) -> bool | float:
             nonlocal noted
-            transient = is_transient(error)
-            if transient and not noted:
+            if not is_transient(error):
+                return False
+            if not noted:
                 noted = True
                 _note_retry(call.__name__, public_uri(uri), error)
-            return transient
+            return retry_after(error) or True
 
         attempts = stamina.retry_context(
             should_retry, attempts=None, timeout=RETRY_SECONDS, wait_initial=0.5, wait_max=40.0, wait_jitter=2.0
@@ -116,14 +122,17 @@ def mapped_errors(uri: str) -> Iterator[None]:
         yield
     except Exception as error:
         shown = public_uri(uri)
-        if _class_names(error) & CREDENTIAL_CLASSES:
+        status = http_status(error)
+        if _class_names(error) & CREDENTIAL_CLASSES or status == 401:
             raise ConfigError(_credentials_message(shown, error)) from error
         if isinstance(error, OSError):
-            if error.filename is not None:
+            if error.filename == shown:
                 raise
             kind = next(kind for kind in OS_ERRORS if isinstance(error, kind))
             raise kind(error.errno or OS_ERRORS[kind], error.strerror or str(error), shown) from error
         if _is_from_client(error):
+            if status == 404:
+                raise FileNotFoundError(errno.ENOENT, f"not found: {error}", shown) from error
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}", shown) from error
         raise
 
@@ -133,27 +142,42 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, PERMANENT_ERRORS):
         return False
     for link in _causes(error):
-        status = http_status(link)
-        if status is not None:
-            return status in (408, 429) or (status >= 500 and status != 501)
         names = _class_names(link)
         if names & CREDENTIAL_CLASSES or "SSLError" in names:
             return False
         if isinstance(link, TimeoutError | ConnectionError) or names & TRANSIENT_CLASSES:
-            return True
+            return True  # before its cause is looked at: under a body that ended early, aiohttp hangs a "400"
+        status = _own_status(link)
+        if status is not None:
+            return status in (408, 429) or (status >= 500 and status != 501)
     return False
 
 
 def http_status(error: BaseException) -> int | None:
     """The HTTP status that a store's client hung on its error or on the cause of it."""
+    return next((found for found in map(_own_status, _causes(error)) if found is not None), None)
+
+
+def _own_status(error: BaseException) -> int | None:
+    response = getattr(error, "response", None)  # botocore
+    if isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(error, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+    return found if isinstance(found, int) and 100 <= found <= 599 else None
+
+
+def retry_after(error: BaseException) -> float | None:
+    """The seconds that a store asked to be left alone for, jittered and bounded; None if it did not ask."""
     for link in _causes(error):
-        response = getattr(link, "response", None)  # botocore
-        if isinstance(response, dict):
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):  # botocore
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
         else:
-            found = getattr(link, "status_code", None) or getattr(link, "status", None) or getattr(link, "code", None)
-        if isinstance(found, int) and 100 <= found <= 599:
-            return found
+            headers = getattr(response, "headers", None)
+        asked = str(headers.get("retry-after", "")) if headers else ""
+        if asked.isdecimal():  # a date, which no store was seen to send, is left to our own waits
+            return min(float(asked), RETRY_AFTER_SECONDS) + random.uniform(0, 2)
     return None
 
 
@@ -180,7 +204,7 @@ def _credentials_message(uri: str, error: Exception) -> str:
     elif uri.startswith("g"):
         step = "run `gcloud auth application-default login` or set GOOGLE_APPLICATION_CREDENTIALS"
     else:
-        step = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+        step = "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING"
     return f"no usable credentials for {uri} ({error}): {step}"
 
 
