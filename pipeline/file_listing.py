@@ -1,7 +1,7 @@
 """Listing folders and prefixes as streams of ``FileInfo``, in the order in which S3 sorts keys.
 
 A folder or prefix enters; its files leave, one at a time: memory holds the names of one folder (local) or one
-page (S3), never the whole listing.
+page (object stores), never the whole listing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec.asyn
+
 from pipeline import storage
 from pipeline.retry import retried
 from pipeline.storage import ASIDE_PREFIX, MISSING_VERSION, FileInfo
-from pipeline.uris import locate
+from pipeline.uris import locate, scheme_of
 
 SkipFolder = Callable[[str], bool] | None
+Page = tuple[list[tuple[str, int, str]], str | None]
+"""Key, size and version of some objects, and what to ask for the next of them with."""
 
 
 def list_local(root: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
@@ -52,10 +56,9 @@ def list_local(root: str, skip_folder: SkipFolder, marker: str | None) -> Iterat
 
 
 def list_objects(prefix_uri: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
-    scheme = prefix_uri.split("://", 1)[0].lower()
-    if scheme in ("s3", "s3a"):
-        return _list_flat(prefix_uri, scheme, skip_folder, marker)
-    return _list_tree(prefix_uri, scheme, skip_folder, marker)
+    if scheme_of(prefix_uri) == "memory":
+        return _list_tree(prefix_uri, skip_folder, marker)
+    return _list_flat(prefix_uri, skip_folder, marker)
 
 
 def _names(folder: str) -> list[str]:
@@ -91,18 +94,18 @@ def _local_file(path: str) -> FileInfo | None:
     return FileInfo(path, found.st_size, f"{found.st_size}-{found.st_mtime_ns}")
 
 
-def _list_flat(prefix_uri: str, scheme: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
-    """S3: pages of keys, all below the prefix in one sorted run."""
+def _list_flat(prefix_uri: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    """Pages of keys, all below the prefix in one sorted run."""
     fs, path = locate(prefix_uri)
     bucket, key, _ = fs.split_path(path)
     prefix = key.rstrip("/") + "/" if key else ""
-    root = f"{scheme}://{bucket}/"
+    scheme, rest = prefix_uri.split("://", 1)
+    root = f"{scheme.lower()}://{rest.removesuffix(key).strip('/')}/"
     skipped = "\0"  # the folder being left out; keys arrive sorted, so one at a time
     folder, token = "", None
     while True:
-        page = _page(prefix_uri, fs, bucket, prefix, token)
-        for entry in page.get("Contents", ()):
-            name: str = entry["Key"]
+        page, token = _page(prefix_uri, fs, bucket, prefix, token)
+        for name, size, version in page:
             if name.startswith(skipped) or name.endswith("/"):
                 continue
             parent, _, base = name.rpartition("/")
@@ -115,10 +118,9 @@ def _list_flat(prefix_uri: str, scheme: str, skip_folder: SkipFolder, marker: st
             if base == marker:
                 skipped = name[: -len(base)] or ""
                 continue
-            yield FileInfo(root + name, entry["Size"], storage.object_version({"size": entry["Size"], **entry}))
-        if not page.get("IsTruncated"):
+            yield FileInfo(root + name, size, version)
+        if not token:
             return
-        token = page["NextContinuationToken"]
 
 
 def _first_skipped(root: str, prefix: str, parent: str, skip_folder: SkipFolder) -> str | None:
@@ -131,23 +133,51 @@ def _first_skipped(root: str, prefix: str, parent: str, skip_folder: SkipFolder)
 
 
 @retried
-def _page(uri: str, fs: Any, bucket: str, prefix: str, token: str | None) -> dict[str, Any]:
+def _page(uri: str, fs: Any, bucket: str, prefix: str, token: str | None) -> Page:
+    fetch = {"s3": _s3_page, "gs": _google_page, "az": _azure_page}[scheme_of(uri)]
+    return fetch(fs, bucket, prefix, token)
+
+
+def _s3_page(fs: Any, bucket: str, prefix: str, token: str | None) -> Page:
     more = {"ContinuationToken": token} if token else {}
-    page: dict[str, Any] = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+    page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+    entries = [{"size": entry["Size"], **entry} for entry in page.get("Contents", ())]
+    files = [(entry["Key"], entry["size"], storage.object_version(entry)) for entry in entries]
+    return files, page.get("NextContinuationToken")
+
+
+def _google_page(fs: Any, bucket: str, prefix: str, token: str | None) -> Page:
+    page = fs.call("GET", "b/{}/o", bucket, prefix=prefix, pageToken=token, json_out=True)
+    entries = page.get("items", ())
+    files = [(entry["name"], int(entry["size"]), storage.object_version(entry)) for entry in entries]
+    return files, page.get("nextPageToken")
+
+
+def _azure_page(fs: Any, container: str, prefix: str, token: str | None) -> Page:
+    """An account with a hierarchical namespace lists its folders too, as empty objects with a mark."""
+
+    async def fetch() -> Page:
+        client = fs.service_client.get_container_client(container)
+        pages = client.list_blobs(name_starts_with=prefix, include=["metadata"], results_per_page=1000).by_page(token)
+        blobs = [blob async for blob in await anext(pages)]
+        files = [blob for blob in blobs if (blob.metadata or {}).get("hdi_isfolder") != "true"]
+        return [(blob.name, blob.size, storage.object_version(blob)) for blob in files], pages.continuation_token
+
+    page: Page = fsspec.asyn.sync(fs.loop, fetch)
     return page
 
 
-def _list_tree(uri: str, scheme: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
-    """Any other fsspec store, folder by folder."""
+def _list_tree(uri: str, skip_folder: SkipFolder, marker: str | None) -> Iterator[FileInfo]:
+    """Memory, folder by folder."""
     if skip_folder is not None and skip_folder(uri.rstrip("/")):
         return
     entries = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in _entries(uri)]
     if any(name == marker for name, _ in entries):
         return
     for _, entry in sorted(entries, key=lambda pair: pair[0] + "/" * (pair[1]["type"] == "directory")):
-        child = f"{scheme}://{entry['name'].strip('/')}"
+        child = f"memory://{entry['name'].strip('/')}"
         if entry["type"] == "directory":
-            yield from _list_tree(child, scheme, skip_folder, marker)
+            yield from _list_tree(child, skip_folder, marker)
         else:
             yield FileInfo(child, entry["size"], storage.object_version(entry))
 

@@ -5,6 +5,7 @@ A URI enters; its local path, its public form, or a client and the path in its s
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from functools import lru_cache
@@ -100,7 +101,11 @@ def _locate(uri: str, *, client_retries: bool) -> tuple[Any, str]:
         return fs, rest.lstrip("/")  # fsspec would strip a trailing slash, which is part of a key
     if scheme == "memory":
         return fs, "/" + rest.strip("/")
-    return fs, fs._strip_protocol(uri)
+    path = fs._strip_protocol(uri)
+    key = fs.split_path(path)[1]  # adlfs takes a key apart as a URL, and loses a ? or # at its end
+    if not rest.rstrip("/").endswith(f"/{key}".rstrip("/")):
+        raise OSError(errno.EINVAL, f"its client would take this key for {key!r}", public_uri(uri))
+    return fs, path
 
 
 @lru_cache(maxsize=16)
@@ -115,9 +120,24 @@ def _file_system(scheme: str, _pid: int, client_retries: bool) -> Any:
         fs = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise ConfigError(f"{scheme}:// needs another package: pip install 'maskline[{EXTRAS[scheme]}]'") from error
-    if scheme in ("s3", "s3a") and not client_retries:
-        fs.retries = 1
+    except ValueError as error:  # adlfs, when no account is named
+        raise ConfigError(
+            f"cannot open {scheme}:// ({error}): set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, "
+            "or AZURE_STORAGE_CONNECTION_STRING"
+        ) from error
+    if not client_retries:
+        _try_once(fs, scheme)
     return fs
+
+
+def _try_once(fs: Any, scheme: str) -> None:
+    """Turn off what a client tries again by itself. Google's and Azure's have no switch for it."""
+    if scheme in ("s3", "s3a"):
+        fs.retries = 1
+    elif scheme in ("gs", "gcs"):
+        fs._request = fs._request.__wrapped__.__get__(fs)
+    elif scheme in ("az", "abfs", "abfss"):
+        fs.service_client._config.retry_policy.total_retries = 0
 
 
 def forget_clients() -> None:
