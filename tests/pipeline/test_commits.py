@@ -9,7 +9,6 @@ import pytest
 from pipeline import commits, storage
 from pipeline.commits import Commit, CommittedFile
 from pipeline.errors import CommitError, ConfigError
-from tests.pipeline.s3_server import FaultyProxy
 
 
 def make_commit(attempt_id: str, shard_id: str = "s1", run_id: str = "r1") -> Commit:
@@ -163,26 +162,3 @@ def test_on_every_store_the_first_commit_stays(store: str) -> None:
         "won",
     ]
     assert commits.read_commits(store) == [make_commit("a")]
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [
-        ["lost"],
-        ["reset"],
-        ["409"],
-        ["503"],
-        ["lost", "lost"],
-        ["409", "lost"],
-        ["lost", "503", "503"],
-        ["500", "", "lost"],
-    ],
-    ids="-".join,
-)
-def test_a_lossy_s3_gives_one_winner(s3_root: str, faulty_s3: FaultyProxy, faults: list[str]) -> None:
-    faulty_s3.faults = list(faults)
-    assert commits.publish(s3_root, make_commit("a"), exclusive=True) == "won"
-    faulty_s3.faults = list(faults)
-    assert commits.publish(s3_root, make_commit("b"), exclusive=True) == "lost"
-    faulty_s3.faults = []
-    assert commits.read_commits(s3_root) == [make_commit("a")]

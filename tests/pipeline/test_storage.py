@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+import fsspec.asyn
 import pytest
 import stamina
 
 from pipeline import storage
 from pipeline.errors import ConfigError
 from pipeline.storage import FileInfo, join
-from tests.pipeline.s3_server import FaultyProxy
 
-ODD_NAMES = ["a b.jpg", "c#d.jpg", "e%20.jpg", "f+g&h.jpg", "ü/ñ 你.jpg", "x?y.jpg", "[1].jpg", "a::b.jpg", "~'\"!.jpg"]
+ODD_NAMES = [
+    *["a b.jpg", "c#d.jpg", "e%20.jpg", "f+g&h.jpg", "ü/ñ 你.jpg", "x?y.jpg", "[1].jpg", "a::b.jpg", "~'\"!.jpg"],
+    *[
+        "100%",
+        "%E4%BD%A0.jpg",
+        "<a>&amp;]]>.jpg",
+        "k=v;w=x.jpg",
+        " a /  b",
+        "😀\U0010ffff.jpg",
+        "e\u0301.jpg",
+        "-.._*@:,.jpg",
+    ],
+    "l" * 255,
+    "/".join(["d" * 200] * 4) + "/x.jpg",
+]
 
 
 def names(root: str, **options: object) -> list[str]:
     return [file.uri.removeprefix(root.rstrip("/") + "/") for file in storage.list_files(root, **options)]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))
 def test_what_is_written_is_read_under_any_name(store: str, name: str) -> None:
     uri = join(store, name)
     storage.write_bytes(uri, b"payload of " + name.encode())
@@ -90,6 +106,14 @@ def test_listing_is_recursive_and_in_the_order_of_keys(store: str) -> None:
     assert [file.size for file in storage.list_files(store)] == [len(key.encode()) for key in sorted(keys)]
 
 
+def test_listings_of_more_than_a_page_are_whole(store: str) -> None:
+    fs, path = storage.resolve(store)
+    keys = [f"{index:04d}.jpg" for index in range(1_005)]  # a page holds 1,000
+    fs.makedirs(path, exist_ok=True)
+    fs.pipe({f"{path}/{key}": b"x" for key in keys})
+    assert names(store) == keys
+
+
 def test_listing_leaves_out_folders(store: str) -> None:
     keys = ["a/1", "a/out/2", "a/out/deep/3", "a/outside/4", "b/_marker", "b/c/6", "b/x", "d/7"]
     for key in keys:
@@ -110,28 +134,6 @@ def test_create_exclusive_creates_once(store: str) -> None:
     with pytest.raises(ValueError, match="needs a body"):
         storage.create_exclusive(join(store, "z"), b"")
     assert not storage.exists(join(store, "z"))
-
-
-def test_create_exclusive_has_one_winner_in_a_race(store: str) -> None:
-    races = 30 if store.startswith("s3://") else 200
-    threads = 8
-    wins: list[list[int]] = [[] for _ in range(races)]
-    barrier = threading.Barrier(threads)
-
-    def run(me: int) -> None:
-        for race in range(races):
-            barrier.wait()
-            if storage.create_exclusive(join(store, f"{race}"), b"by %d" % me):
-                wins[race].append(me)
-
-    workers = [threading.Thread(target=run, args=(me,)) for me in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [len(winners) for winners in wins] == [1] * races
-    for race, (winner,) in enumerate(wins):
-        assert storage.read_bytes(join(store, f"{race}")) == b"by %d" % winner
 
 
 def test_the_probe_finds_exclusive_creation_and_cleans_up(store: str) -> None:
@@ -219,6 +221,26 @@ def test_a_reader_never_sees_half_a_local_write(tmp_path: Path) -> None:
         writer.join()
 
 
+def test_a_read_that_the_disk_cuts_short_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reluctant(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(size if size is None or size < 0 else min(3, size))
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            return super().readinto(buffer[:3])
+
+    def reluctant(path: str, mode: str, buffering: int = -1) -> BinaryIO | io.BufferedReader:
+        assert mode == "rb"
+        return Reluctant(path) if buffering == 0 else io.BufferedReader(Reluctant(path))
+
+    uri = str(tmp_path / "x")
+    storage.write_bytes(uri, bytes(range(100)))
+    monkeypatch.setattr(storage, "open", reluctant, raising=False)
+    assert storage.read_range(uri, 10, 50) == bytes(range(10, 60))
+    assert storage.read_range(uri, 90, 50) == bytes(range(90, 100))
+    assert storage.read_bytes(uri) == bytes(range(100))
+
+
 def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -249,85 +271,6 @@ def test_local_listing_follows_links_but_not_in_circles(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- S3
 
 
-def test_s3_listings_are_paged(s3_root: str) -> None:
-    fs, path = storage.resolve(s3_root)
-    keys = [f"{index:04d}.jpg" for index in range(1_005)]  # a page holds 1,000
-    fs.pipe({f"{path}/{key}": b"x" for key in keys})
-    assert names(s3_root) == keys
-
-
-@pytest.mark.parametrize("fault", ["503", "reset", "lost"])
-def test_s3_calls_are_retried_counted_and_logged_once(
-    s3_root: str, faulty_s3: FaultyProxy, fault: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    uri = join(s3_root, "x")
-    calls: list[tuple[str, Callable[[], object], object]] = [
-        ("write_bytes", lambda: storage.write_bytes(uri, b"content"), None),
-        ("read_bytes", lambda: storage.read_bytes(uri), b"content"),
-        ("read_range", lambda: storage.read_range(uri, 1, 3), b"ont"),
-        ("info", lambda: storage.info(uri).size, 7),
-        ("list_files", lambda: names(s3_root), ["x"]),
-        ("delete", lambda: storage.delete(uri), None),
-    ]
-    for name, call, expected in calls:
-        before = storage.retry_count()
-        caplog.clear()
-        faulty_s3.faults = [fault, fault, fault]
-        assert call() == expected, name
-        assert faulty_s3.faults == []
-        assert storage.retry_count() == before + 1, name
-        ours = [record for record in caplog.records if record.name == "pipeline.retry"]
-        assert [record.levelname for record in ours] == ["WARNING"], name
-
-
-def test_s3_errors_outlive_the_retries(s3_root: str, faulty_s3: FaultyProxy) -> None:
-    faulty_s3.faults = ["503"] * 5
-    with pytest.raises(OSError, match="as asked") as caught:
-        storage.read_bytes(join(s3_root, "x"))
-    assert join(s3_root, "x") in str(caught.value)
-    assert len(faulty_s3.requests) == 5  # the client below us did not retry on its own
-
-
-def test_s3_absence_is_not_retried(s3_root: str, faulty_s3: FaultyProxy) -> None:
-    before = storage.retry_count()
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes(join(s3_root, "x"))
-    assert storage.retry_count() == before
-    assert len(faulty_s3.requests) == 1
-
-
-def test_s3_create_exclusive_is_one_attempt(s3_root: str, faulty_s3: FaultyProxy) -> None:
-    uri = join(s3_root, "x")
-    faulty_s3.faults = ["503"]
-    with pytest.raises(OSError, match="as asked"):
-        storage.create_exclusive(uri, b"mine")
-    assert len(faulty_s3.requests) == 1
-    assert not storage.exists(uri)
-
-
-@pytest.mark.parametrize("faults", [["reset"], ["lost"], ["reset", "reset"], ["lost", "lost"], ["lost", "reset"]])
-def test_s3_create_exclusive_never_claims_what_it_did_not_create(
-    s3_root: str, faulty_s3: FaultyProxy, faults: list[str]
-) -> None:
-    uri = join(s3_root, "x")
-    faulty_s3.faults = list(faults)
-    try:
-        won = storage.create_exclusive(uri, b"mine")
-    except OSError:
-        won = False
-    assert len(faulty_s3.requests) <= 2  # aiohttp sends a PUT again, once, after a broken connection
-    faulty_s3.faults = []
-    assert storage.exists(uri) == (won or "lost" in faults)
-    assert not storage.exists(uri) or storage.read_bytes(uri) == b"mine"
-    assert storage.create_exclusive(uri, b"again") == (not won and "lost" not in faults)
-
-
-def test_s3_conflict_is_neither_won_nor_lost(s3_root: str, faulty_s3: FaultyProxy) -> None:
-    faulty_s3.faults = ["409"]
-    with pytest.raises(storage.StoreConflict):
-        storage.create_exclusive(join(s3_root, "x"), b"mine")
-
-
 @pytest.mark.usefixtures("fresh_clients")
 def test_s3_without_credentials_names_the_next_step(
     s3_root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -347,3 +290,40 @@ def test_s3_unreachable_is_an_os_error(
     s3_environment(unused_endpoint)
     with stamina.set_testing(True, attempts=2), pytest.raises(OSError, match="connect"):
         storage.read_bytes(join(s3_root, "x"))
+
+
+# ---------------------------------------------------------------------------------------------------------- Azure
+
+
+def test_azure_folders_are_not_listed(az_root: str) -> None:
+    fs, path = storage.resolve(az_root)
+    fs.pipe_file(f"{path}/a/x", b"x")
+    container, key, _ = fs.split_path(f"{path}/a")
+    blob = fs.service_client.get_blob_client(container, key)
+    fsspec.asyn.sync(fs.loop, blob.upload_blob, b"", metadata={"hdi_isfolder": "true"})
+    assert names(az_root) == ["a/x"]
+
+
+@pytest.mark.parametrize("name", ["x?", "x#", "x?versionid=1", "new\nline"])
+def test_a_key_that_the_azure_client_mistakes_is_refused(az_root: str, name: str) -> None:
+    with pytest.raises(OSError, match="would take this key for"):
+        storage.read_bytes(join(az_root, name))
+
+
+@pytest.mark.usefixtures("fresh_clients")
+def test_azure_without_an_account_names_the_next_step(az_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(ConfigError, match="AZURE_STORAGE_ACCOUNT_KEY"):
+        storage.read_bytes(join(az_root, "x"))
+
+
+@pytest.mark.parametrize("store", ["s3", "az", "gs"], indirect=True)
+def test_a_missing_bucket_is_a_file_not_found(store: str) -> None:
+    scheme = store.split("://", maxsplit=1)[0]
+    uri = f"{scheme}://maskline-never-made/x"
+    assert not storage.exists(uri)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri)
+    with pytest.raises(FileNotFoundError):
+        list(storage.list_files(f"{scheme}://maskline-never-made"))
