@@ -1,6 +1,7 @@
 # make demo: fresh machine → venv → a small archive is made, segmented and looked at, offline.
 # make train-demo, make train-nuclei: the weights shipped as demo and nuclei, as they were trained.
 # make test: fresh machine → venv → lint, types, tests.
+# make chaos: two hundred faults against one run after another, half an hour and more.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ RECIPE = --model R18-half-FPN --batch-size 16 --precision bf16 --save-half \
 	--optimiser.schedule cosine --optimiser.warmup-steps 50 --optimiser.clip-norm 5 --optimiser.ema 0.995 \
 	--losses.rpn-pre-nms 500 --losses.rpn-post-nms 500 --losses.box-samples 128
 
-.PHONY: demo train-demo train-nuclei test test-all lint
+.PHONY: demo train-demo train-nuclei test test-all chaos lint
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,3 +61,6 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -m "not gpu"
+
+chaos: $(VENV)/ready
+	$(BIN)/python -m tests.chaos.run $(or $(FAULTS),200)
