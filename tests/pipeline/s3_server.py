@@ -76,6 +76,8 @@ class FaultyProxy:
 
     def __init__(self, target: str) -> None:
         self.faults: list[str] = []
+        self.is_cut = False
+        """Every connection is closed before its request is served."""
         self.requests: list[tuple[str, str]] = []
         """Method and path of every request that arrived."""
         self.bytes_served = 0
@@ -123,7 +125,7 @@ class _Forwarder(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.proxy.requests.append((self.command, self.path))
         fault, _, wait = self.proxy.next_fault().partition("+")
-        if fault == "reset":
+        if fault == "reset" or self.proxy.is_cut:
             self._hang_up()
         elif fault == "stale":
             self._answer(*self.proxy.answers[self.command, self.path])
