@@ -143,8 +143,9 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     return True
 
 
+@retried
 def honours_create_exclusive(uri_prefix: str) -> bool:
-    """Whether the store refuses to create a key twice, tried with a key of its own under the prefix."""
+    """Whether the store refuses to create a key twice, tried with a new key under the prefix, on a retry too."""
     probe = join(uri_prefix, f"_probe-{uuid.uuid4().hex}")
     try:
         create_exclusive(probe, b"probe 1")

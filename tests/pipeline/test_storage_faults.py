@@ -125,6 +125,15 @@ def test_create_exclusive_never_claims_what_it_did_not_create(faulty_store: Faul
     assert storage.create_exclusive(uri, b"again") == (not created)
 
 
+@pytest.mark.parametrize("faults", [["503"], ["", "503"], ["lost"], ["", "lost"], ["reset", "503"]], ids="-".join)
+def test_the_probe_outlives_a_throttled_store(faulty_store: FaultyStore, faults: list[str]) -> None:
+    root, proxy = faulty_store
+    proxy.faults = list(faults)
+    assert storage.honours_create_exclusive(root)
+    assert proxy.faults == []
+    assert names(root) == []
+
+
 @pytest.mark.parametrize("faulty_store", ["s3", "gs"], indirect=True)  # for Azure's client a 409 says that it exists
 def test_a_conflict_is_neither_won_nor_lost(faulty_store: FaultyStore) -> None:
     faulty_store.proxy.faults = ["409"]
