@@ -24,6 +24,10 @@ from pipeline.errors import ConfigError
 from pipeline.results import Results, hash_columns
 
 
+MEMORY_LIMIT = "1GB"
+"""Of DuckDB in the driver; what needs more, a listing of millions, goes to the plan's own folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
     """How an archive is cut into shards."""
@@ -79,7 +83,9 @@ class Plan:
         self.config = config
         self._weights_sha256, self._settings_hash = weights_sha256, settings_hash
         self._folder = tempfile.TemporaryDirectory(prefix="maskline-plan-")
-        self._database = duckdb.connect(str(Path(self._folder.name) / "plan.duckdb"))
+        self._database = duckdb.connect(
+            str(Path(self._folder.name) / "plan.duckdb"), config={"memory_limit": MEMORY_LIMIT}
+        )
         self._load(listing)
         self._subtract(committed)
         self.images_listed, self.bytes_listed = self._count("listing")
