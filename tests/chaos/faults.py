@@ -12,7 +12,7 @@ from contextlib import suppress
 from tests.chaos.world import STALL_SECONDS, World, wait_for
 
 Fault = Callable[[World, str, random.Random], str]
-"""Given the world, the table under way and a source of chance; answers with what was done."""
+"""Given the world, the table under way and a source of chance; answers with what was done, nothing if nothing was."""
 
 STALL_LOG = "stands still"
 
@@ -35,6 +35,8 @@ def kill_actor(world: World, output: str, chance: random.Random) -> str:
 
 def kill_raylet(world: World, output: str, chance: random.Random) -> str:
     done = _kill(world, "raylet", chance)
+    if not done:
+        return ""
     world.add_node()
     return f"{done}, another node added"
 
@@ -42,6 +44,8 @@ def kill_raylet(world: World, output: str, chance: random.Random) -> str:
 def kill_gcs(world: World, output: str, chance: random.Random) -> str:
     """The cluster is gone with it; a person starts another one."""
     done = _kill(world, "gcs", chance)
+    if not done:
+        return ""
     for driver in list(world.drivers):
         world.end_of(driver)
     world.stop_cluster()
@@ -53,7 +57,7 @@ def freeze_actor(world: World, output: str, chance: random.Random) -> str:
     """Until its shards are issued again; then it wakes and goes on with what others may have done."""
     actors = world.processes("actor")
     if not actors:
-        return "no actor to freeze"
+        return ""
     pid, before = chance.choice(actors), world.log(output).read_text(errors="replace").count(STALL_LOG)
     try:
         os.kill(pid, signal.SIGSTOP)
@@ -61,7 +65,7 @@ def freeze_actor(world: World, output: str, chance: random.Random) -> str:
             lambda: world.log(output).read_text(errors="replace").count(STALL_LOG) > before, 3 * STALL_SECONDS
         )
     except ProcessLookupError:
-        return f"actor {pid} was gone"
+        return ""
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
@@ -98,14 +102,14 @@ def lose_answers(world: World, output: str, chance: random.Random) -> str:
 
 def start_second(world: World, output: str, chance: random.Random) -> str:
     if len(world.drivers) > 1:
-        return "two drivers run already"
+        return ""
     return f"the same job again, driver {world.start_driver(output).pid}"
 
 
 def _kill(world: World, kind: str, chance: random.Random) -> str:
     found = world.processes(kind)
     if not found:
-        return f"no {kind} to kill"
+        return ""
     pid = chance.choice(found)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -99,6 +99,8 @@ class Chaos:
     def _befall(self, fault: Fault, driver: Driver, output: str, commits: int) -> None:
         name, outcome = fault.__name__, self.outcome
         done = fault(self.world, output, self.chance)
+        if not done:
+            return  # it found nothing to harm, and does not count
         wait_for(lambda: driver.poll() is not None, 1.0)
         found = "went on" if driver.poll() is None else f"ended with {driver.poll()}"
         outcome.faults[name] += 1
