@@ -23,7 +23,6 @@ from pipeline.commits import Commit
 from pipeline.errors import ConfigError
 from pipeline.results import Results, hash_columns
 
-
 MEMORY_LIMIT = "1GB"
 """Of DuckDB in the driver; what needs more, a listing of millions, goes to the plan's own folder."""
 
