@@ -108,7 +108,7 @@ class SteppedStore:
         self._serve("read", lambda: None)
         return Path(path).read_bytes()
 
-    def pipe_file(self, path: str, data: bytes, mode: str = "overwrite") -> None:
+    def pipe_file(self, path: str, data: bytes, mode: str = "overwrite", **_: object) -> None:
         def put() -> None:
             if mode == "create" and Path(path).exists():
                 raise FileExistsError(path)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import duckdb
@@ -37,7 +38,7 @@ from pipeline.errors import CommitError
 from pipeline.model_thread import Segmenter
 from pipeline.results import Results, ShardRows
 from pipeline.segment_actor import SegmentActor
-from pipeline.shard_attempts import ActorConfig, Attempt, StageSeconds
+from pipeline.shard_attempts import ActorConfig, Attempt, DeviceUse, StageSeconds
 from pipeline.shards import Plan, Shard, ShardConfig
 from pipeline.summary import new_run_id
 from tests.pipeline.stepped_store import FAULTS, Clock, Dead, SteppedAttempt, SteppedStore
@@ -61,6 +62,8 @@ CHANGED = st.none() | st.integers(0, 2)
 class MadeUpRows(SegmentActor):
     """An actor without pictures and model."""
 
+    _model: Any = SimpleNamespace(use=DeviceUse)
+
     def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
         for index in range(rows.items.num_rows):
             rows.add_ok(index, ImageSize(4, 6), 1, 5, make_detections(num_instances(attempt.attempt_id)))
@@ -81,7 +84,7 @@ def the_database() -> Any:
     return duckdb.connect(":memory:", config={"threads": 1})
 
 
-def connect_to_own_schema(database: Any, _: str = "") -> Any:
+def connect_to_own_schema(database: Any, _: str = "", config: Any = None) -> Any:
     """In place of ``duckdb.connect``."""
     connection, schema = database.cursor(), f"s{uuid.uuid4().hex}"
     connection.execute(f"CREATE SCHEMA {schema}; USE {schema}")
