@@ -1,7 +1,7 @@
 # make demo: fresh machine → venv → a small archive is made, segmented and looked at, offline.
 # make train-demo, make train-nuclei: the weights shipped as demo and nuclei, as they were trained.
 # make test: fresh machine → venv → lint, types, tests.
-# make chaos: two hundred faults against one run after another, half an hour and more.
+# make chaos: two hundred faults against one run after another, an hour and more.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -250,7 +250,7 @@ def differences(found: dict[str, pa.Table], expected: dict[str, pa.Table], *, wh
     return {name: count for name, count in wrong.items() if count}
 
 
-def wait_for(condition: Any, seconds: float) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     """Whether it came to hold within so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

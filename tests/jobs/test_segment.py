@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -277,3 +278,14 @@ def _all_found(rows: list[dict[str, Any]], among: list[dict[str, Any]]) -> None:
 
 def _rle(row: dict[str, Any]) -> dict[str, Any]:
     return {"size": [row["mask_height"], row["mask_width"]], "counts": row["mask_rle"].encode()}
+
+
+def test_pinned_weights_are_taken_and_others_refused(archive: Path, weights: Path, tmp_path: Path) -> None:
+    pin = hashlib.sha256(weights.read_bytes()).hexdigest()
+    command = ("segment", archive, "--output", tmp_path / "out", "--weights", weights, "--dry-run", "--weights-sha256")
+    taken = maskline(*command, pin.upper())
+    assert taken.returncode == 0, taken.stderr
+    refused = maskline(*command, "0" * 64)
+    assert refused.returncode == 2
+    assert pin in refused.stderr.replace("\n", "")
+    assert not (tmp_path / "out").exists()

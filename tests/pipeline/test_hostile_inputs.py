@@ -87,8 +87,7 @@ def test_sparse_members_are_left_out_and_cost_no_memory(tmp_path: Path) -> None:
         found = outcomes(str(tmp_path / name))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert found[-2:] == ["ok", "ok"]
-        assert set(found[:-2]) <= {"too_large", "unreadable", "unsupported", "truncated"}
+        assert found == ["ok", "ok"]
         assert peak < 20_000_000
 
 
@@ -119,19 +118,15 @@ def test_very_many_members_are_listed_in_bounded_memory(tmp_path: Path) -> None:
     [
         pa.array([{"bytes": 1, "path": "x"}] * 3),
         pa.array([[b"a"], [b"b"], []]),
-        pa.array([b"123"] * 3, pa.binary(3)).cast(pa.binary(3)),
+        pa.array([b"123"] * 3, pa.binary(3)),
         pa.array([1.5, 2.5, None]),
     ],
     ids=["struct of numbers", "list of bytes", "bytes of one length", "numbers"],
 )
 def test_columns_of_wrong_types_are_named(column: pa.Array, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(table_bytes({"image": column}))
-    try:
-        found = outcomes(str(tmp_path / "x.parquet"))
-    except ConfigError as error:
-        assert "no column of encoded images (nor of URIs) among image" in str(error)  # noqa: PT017
-    else:
-        assert set(found) == {"unreadable"}
+    with pytest.raises(ConfigError, match=r"no column of encoded images \(nor of URIs\) among image"):
+        outcomes(str(tmp_path / "x.parquet"))
 
 
 def test_a_footer_that_lies_is_one_row(tmp_path: Path) -> None:
