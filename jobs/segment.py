@@ -242,6 +242,7 @@ def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes
     Raises:
         ConfigError: there is no such file, it is not weights that this model understands, or not those of the `sha256`.
     """
+    shown = source if source in NAMES else storage.public_uri(source)
     try:
         weights: str | bytes = source if source in NAMES else storage.read_bytes(source)
         info = model.describe(weights, name=source if isinstance(weights, str) else source.rsplit("/", 1)[-1])
@@ -249,15 +250,15 @@ def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes
         names = ", ".join(NAMES)
         raise ConfigError(f"no weights at {source}: give a file, a URI, or one of the names {names}") from error
     except (ValueError, OSError) as error:
-        raise ConfigError(f"weights {storage.public_uri(source)}: {error}") from error
+        raise ConfigError(f"weights {shown}: {error}") from error
     if sha256 is not None and info.sha256 != sha256.lower():
         raise ConfigError(
-            f"weights {storage.public_uri(source)} have sha256 {info.sha256}, but --weights-sha256 is "
+            f"weights {shown} have sha256 {info.sha256}, but --weights-sha256 is "
             f"{sha256.lower()}: this is not the file you pinned; see where it comes from before you pin it anew"
         )
     if info.config.proposals == "given":
         raise ConfigError(
-            f"weights {storage.public_uri(source)} are a Fast R-CNN, which needs proposals for every image; "
+            f"weights {shown} are a Fast R-CNN, which needs proposals for every image; "
             "give weights with an RPN, or call model.load(...).predict(images, proposals=...)"
         )
     return weights, info
