@@ -208,12 +208,12 @@ def _run_plan(
     with _stop_on_signal() as stop, ProgressView(plan.num_images, plan.num_shards) as view:
         result = schedule.run(view, stop)
     summary.fill(result)
-    for outcome in result.outcomes[:1]:
-        if commits.read_commit(config.output, outcome.shard_id) is None:
-            raise PipelineError(
-                f"an actor committed shard {outcome.shard_id}, but {config.output} as seen here has no such commit: "
-                "give --output a path that all nodes share, or a URI"
-            )
+    shard_id = result.done.last_shard
+    if shard_id and commits.read_commit(config.output, shard_id) is None:
+        raise PipelineError(
+            f"an actor committed shard {shard_id}, but {config.output} as seen here has no such commit: "
+            "give --output a path that all nodes share, or a URI"
+        )
 
 
 @contextmanager

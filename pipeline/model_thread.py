@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from model.structures import Detections, ImageSize, sizes_of
-from pipeline.shard_attempts import DeviceUse
+from pipeline import storage
+from pipeline.shard_attempts import ActorUse
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,15 @@ class ModelThread:
         self._queue.put((urgency, next(self._sequence), _Batch(images, sizes or sizes_of(images)), future))
         return future
 
-    def use(self) -> DeviceUse:
+    def use(self) -> ActorUse:
         """So far."""
-        return DeviceUse(
+        return ActorUse(
             actor=f"{socket.gethostname()}:{os.getpid()}",
             batch_size=self.segmenter.batch_size,
             halvings=self._num_halvings,
             peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             busy_seconds=self._busy_seconds,
+            storage_retries=storage.retry_count(),
         )
 
     def _run(self, load_segmenter: Callable[[], Segmenter], loaded: Future[Segmenter]) -> None:

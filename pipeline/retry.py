@@ -79,12 +79,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _count_lock = threading.Lock()
-_retried_calls = 0
+_retries = 0
 
 
 def retry_count() -> int:
-    """How many storage calls of this process had to be tried again."""
-    return _retried_calls
+    """How often a storage call of this process was followed by an error that is tried again."""
+    return _retries
 
 
 def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
@@ -98,9 +98,13 @@ def retried(call: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str,
             nonlocal noted
             if not is_transient(error):
                 return False
+            _count_retry()
             if not noted:
                 noted = True
-                _note_retry(call.__name__, public_uri(uri), error)
+                logger.warning(
+                    "storage call tried again call=%s uri=%s for_up_to_seconds=%.0f error=%s: %s",
+                    call.__name__.lstrip("_"), public_uri(uri), RETRY_SECONDS, type(error).__name__, error,
+                )  # fmt: skip
             return retry_after(error) or True
 
         attempts = stamina.retry_context(
@@ -208,11 +212,7 @@ def _credentials_message(uri: str, error: Exception) -> str:
     return f"no usable credentials for {uri} ({error}): {step}"
 
 
-def _note_retry(what: str, uri: str, error: Exception) -> None:
-    global _retried_calls  # noqa: PLW0603  one counter per process, read through retry_count()
+def _count_retry() -> None:
+    global _retries  # noqa: PLW0603  one counter per process, read through retry_count()
     with _count_lock:
-        _retried_calls += 1
-    logger.warning(
-        "storage call tried again call=%s uri=%s for_up_to_seconds=%.0f error=%s: %s",
-        what.lstrip("_"), uri, RETRY_SECONDS, type(error).__name__, error,
-    )  # fmt: skip
+        _retries += 1

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Segmenter
-from pipeline.shard_attempts import ActorConfig, Attempt, ShardOutcome
+from pipeline.shard_attempts import ActorConfig, Attempt
 from pipeline.shards import Shard
+from pipeline.tally import Tally
 from pipeline.workers import Returned, Task, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Tick:
 class ScheduleResult:
     """How a run went."""
 
-    outcomes: list[ShardOutcome] = field(default_factory=list)
-    """One for each shard that has its commit."""
+    done: Tally = field(default_factory=Tally)
+    """Of the shards that have their commit."""
     given_up: dict[str, str] = field(default_factory=dict)
     """Shard id → its last error."""
     num_retries: int = 0
@@ -141,7 +142,7 @@ class Schedule:
 
     @property
     def _num_unfinished(self) -> int:
-        return self._num_shards - len(self.result.outcomes) - len(self.result.given_up)
+        return self._num_shards - self.result.done.shards - len(self.result.given_up)
 
     # Handing out
 
@@ -212,7 +213,7 @@ class Schedule:
             return
         task.finished = True
         self.result.given_up.pop(shard_id, None)
-        self.result.outcomes.append(outcome)
+        self.result.done.add(outcome)
         self.result.seconds = time.monotonic() - (self._started or 0.0)
         logger.info(
             "shard done shard=%s commit=%s images=%d failed=%d instances=%d seconds=%.1f",
@@ -237,12 +238,11 @@ class Schedule:
         self._returned.append(task)
 
     def _tick(self) -> Tick:
-        outcomes, workers = self.result.outcomes, self._pool.workers
+        done, workers = self.result.done, self._pool.workers
         return Tick(
-            shards_done=len(outcomes),
-            images_done=sum(outcome.images for outcome in outcomes)
-            + sum(worker.progress.images_under_way for worker in workers),
-            images_failed=sum(sum(outcome.failed_by_reason.values()) for outcome in outcomes),
+            shards_done=done.shards,
+            images_done=done.images + sum(worker.progress.images_under_way for worker in workers),
+            images_failed=done.images_failed,
             actors_up=len(self._pool.up),
             actors_asked=len(workers),
         )

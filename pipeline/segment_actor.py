@@ -79,7 +79,7 @@ class SegmentActor:
                 instances=found.instances,
                 seconds=time.perf_counter() - started,
                 stages=StageSeconds(),
-                device=self._model.use(),
+                use=self._model.use(),
             )
         commits.begin_attempt(
             self.config.output,
@@ -106,7 +106,7 @@ class SegmentActor:
             instances=rows.num_instances,
             seconds=time.perf_counter() - started,
             stages=stages,
-            device=self._model.use(),
+            use=self._model.use(),
         )
 
     def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:

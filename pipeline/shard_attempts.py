@@ -69,8 +69,8 @@ class ActorProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceUse:
-    """What the model of one actor asked of its device since the actor began."""
+class ActorUse:
+    """What one actor asked of its device and of storage since it began."""
 
     actor: str = ""
     """Host and process."""
@@ -82,6 +82,8 @@ class DeviceUse:
     """Of device memory; 0 on a CPU."""
     busy_seconds: float = 0.0
     """Spent in the model."""
+    storage_retries: int = 0
+    """Storage calls made again after an error that may pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,4 +98,4 @@ class ShardOutcome:
     instances: int
     seconds: float
     stages: StageSeconds
-    device: DeviceUse
+    use: ActorUse

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import secrets
 import statistics
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from pipeline import storage
 from pipeline.commits import Commit
 from pipeline.errors import ShardError
 from pipeline.schedule import ScheduleResult
-from pipeline.shard_attempts import DeviceUse
 from pipeline.shards import Plan
+from pipeline.tally import Tally
 
 RUN_TIME_FORMAT = "%Y%m%dT%H%M%S%f"
 
@@ -48,6 +47,9 @@ class Summary:
     shards_skipped: int = 0
     shards_failed: dict[str, str] = field(default_factory=dict)
     retries: int = 0
+    """Of shards."""
+    storage_retries: int = 0
+    """Storage calls made again after an error that may pass, by this process and by actors that committed something."""
     actor_deaths: int = 0
     seconds: float = 0.0
     """Of the whole run, from listing to the last commit."""
@@ -85,35 +87,31 @@ class Summary:
 
     def fill(self, result: ScheduleResult) -> None:
         """Take in how the schedule went."""
-        failed: Counter[str] = Counter()
-        stages: Counter[str] = Counter()
-        for outcome in result.outcomes:
-            failed.update(outcome.failed_by_reason)
-            stages.update(asdict(outcome.stages))
-        images = sum(outcome.images for outcome in result.outcomes)
-        self.failed_by_reason = dict(failed)
-        self.images_failed = failed.total()
-        self.images_ok = images - failed.total()
-        self.instances = sum(outcome.instances for outcome in result.outcomes)
-        self.shards_committed = len(result.outcomes)
+        done = result.done
+        self.failed_by_reason = dict(done.failed_by_reason)
+        self.images_failed = done.images_failed
+        self.images_ok = done.images - done.images_failed
+        self.instances = done.instances
+        self.shards_committed = done.shards
         self.shards_failed = result.given_up
         self.retries, self.actor_deaths = result.num_retries, result.num_actor_deaths
         self.stopped = result.stopped
-        self.stage_seconds = {stage: round(seconds, 3) for stage, seconds in stages.items()}
-        self._take_in([outcome.device for outcome in result.outcomes], result.seconds)
+        self.stage_seconds = {stage: round(seconds, 3) for stage, seconds in done.stage_seconds.items()}
+        self._take_in(done, result.seconds)
         self.run_seconds = result.seconds
-        self.images_per_second = images / result.seconds if result.seconds else 0.0
+        self.images_per_second = done.images / result.seconds if result.seconds else 0.0
 
-    def _take_in(self, uses: Sequence[DeviceUse], seconds: float) -> None:
-        """What actors said of their devices, of each the last."""
-        last = {use.actor: use for use in sorted(uses, key=lambda use: use.busy_seconds)}.values()
-        if not last or not seconds:
+    def _take_in(self, done: Tally, seconds: float) -> None:
+        """What actors said of themselves."""
+        uses = done.actors.values()
+        self.storage_retries = storage.retry_count() + sum(use.storage_retries for use in uses)
+        if not uses or not seconds:
             return
-        self.actors = len(last)
-        self.model_busy = round(statistics.mean(use.busy_seconds for use in last) / seconds, 3)
-        self.batch_size = max(use.batch_size for use in last)
-        self.batch_halvings = sum(use.halvings for use in last)
-        self.peak_device_bytes = max(use.peak_bytes for use in last)
+        self.actors = len(uses)
+        self.model_busy = round(statistics.mean(use.busy_seconds for use in uses) / seconds, 3)
+        self.batch_size = max(use.batch_size for use in uses)
+        self.batch_halvings = sum(use.halvings for use in uses)
+        self.peak_device_bytes = max(use.peak_bytes for use in uses)
 
     def raise_if_incomplete(self) -> None:
         """

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from pycocotools import mask as coco_mask
 import model
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
+from tests.conftest import new_root
 from tests.pipeline.bad_images import make_bad_images
+from tests.pipeline.s3_server import FaultyProxy
 
 
 def maskline(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -289,3 +292,17 @@ def test_pinned_weights_are_taken_and_others_refused(archive: Path, weights: Pat
     assert refused.returncode == 2
     assert pin in refused.stderr.replace("\n", "")
     assert not (tmp_path / "out").exists()
+
+
+def test_storage_calls_that_are_tried_again_are_told(
+    archive: Path, weights: Path, s3_endpoint: str, s3_environment: Callable[[str], None]
+) -> None:
+    with FaultyProxy(s3_endpoint) as proxy:
+        s3_environment(proxy.endpoint)
+        output = new_root("s3")
+        proxy.faults = ["", "", "503", ""] * 20
+        found = last_json(maskline("segment", archive, "--output", output, "--weights", weights, "--json"))
+        spent = 20 - proxy.faults.count("503")
+    assert found["images_ok"] == 18
+    assert spent > 3
+    assert spent - 2 <= found["storage_retries"] <= spent  # a call that creates is tried by its own rule, not counted

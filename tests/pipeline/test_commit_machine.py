@@ -38,7 +38,7 @@ from pipeline.errors import CommitError
 from pipeline.model_thread import Segmenter
 from pipeline.results import Results, ShardRows
 from pipeline.segment_actor import SegmentActor
-from pipeline.shard_attempts import ActorConfig, Attempt, DeviceUse, StageSeconds
+from pipeline.shard_attempts import ActorConfig, ActorUse, Attempt, StageSeconds
 from pipeline.shards import Plan, Shard, ShardConfig
 from pipeline.summary import new_run_id
 from tests.pipeline.stepped_store import FAULTS, Clock, Dead, SteppedAttempt, SteppedStore
@@ -62,7 +62,7 @@ CHANGED = st.none() | st.integers(0, 2)
 class MadeUpRows(SegmentActor):
     """An actor without pictures and model."""
 
-    _model: Any = SimpleNamespace(use=DeviceUse)
+    _model: Any = SimpleNamespace(use=ActorUse)
 
     def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
         for index in range(rows.items.num_rows):

@@ -134,7 +134,7 @@ def signal_one_actor(number: signal.Signals) -> Callable[[Tick], None]:
 def test_every_image_gets_one_row(archive: Path, tmp_path: Path) -> None:
     result = run(archive, tmp_path / "out", actors=2)
     assert keys_of(tmp_path / "out") == ALL_KEYS
-    assert sorted(outcome.commit for outcome in result.outcomes) == ["won"] * 6
+    assert result.done.commits == {"won": 6}
     assert result.num_retries == result.num_actor_deaths == 0
 
 
@@ -225,7 +225,7 @@ def test_stopping_hands_out_nothing_more_and_the_next_run_does_the_rest(archive:
     done = keys_of(tmp_path / "out")
     assert 0 < len(done) < NUM_IMAGES
     second = run(archive, tmp_path / "out", run_id="r2")
-    assert sum(outcome.images for outcome in second.outcomes) == NUM_IMAGES - len(done)
+    assert second.done.images == NUM_IMAGES - len(done)
     assert keys_of(tmp_path / "out") == ALL_KEYS
 
 
@@ -248,7 +248,7 @@ def test_a_shard_that_another_run_committed_meanwhile_is_found(archive: Path, tm
             plan.shards(), plan.num_shards, load_tiny, config, ScheduleConfig(max_actors=1, cpus_per_actor=0.5)
         )
         with plan:
-            outcomes.append({outcome.commit for outcome in schedule.run(lambda _: None, threading.Event()).outcomes})
+            outcomes.append(set(schedule.run(lambda _: None, threading.Event()).done.commits))
     assert outcomes == [{"won"}, {"found"}]
     assert keys_of(tmp_path / "out") == ALL_KEYS
 
@@ -268,7 +268,7 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_done(archive: Pat
     with plan:
         result = schedule.run(lambda _: None, threading.Event())
     assert list(result.given_up) == [first.shard_id]
-    assert [outcome.shard_id for outcome in result.outcomes] == [second.shard_id]
+    assert (result.done.shards, result.done.last_shard) == (1, second.shard_id)
 
 
 def test_actor_bounds_are_checked() -> None:
