@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,6 +158,9 @@ def write_table(
     )
 
 
+FILES_PER_DATASET = 2_000
+
+
 class Results:
     """The committed rows of one table, as pyarrow datasets. Later runs supersede earlier rows of the same image."""
 
@@ -174,12 +177,16 @@ class Results:
         """One row for each instance of those images."""
         return self._visible("instances")
 
-    def all_images(self) -> pds.Dataset:
-        """Committed image rows with the superseded ones among them."""
-        return self._dataset("images")
+    def all_images(self) -> Iterator[pds.Dataset]:
+        """Committed image rows with the superseded ones among them, so many files at a time.
+
+        A dataset keeps the metadata of each file that it has read: of 100,000 files at once, four gigabytes.
+        """
+        for start in range(0, len(self.commits), FILES_PER_DATASET):
+            yield self._dataset("images", self.commits[start : start + FILES_PER_DATASET])
 
     def _visible(self, table: Literal["images", "instances"]) -> pds.Dataset:
-        dataset = self._dataset(table)
+        dataset = self._dataset(table, self.commits)
         if self._superseded is None:
             self._superseded = self._find_superseded()
         hidden = [
@@ -187,9 +194,9 @@ class Results:
         ]
         return dataset.filter(~reduce(lambda left, right: left | right, hidden)) if hidden else dataset
 
-    def _dataset(self, table: Literal["images", "instances"]) -> pds.Dataset:
+    def _dataset(self, table: Literal["images", "instances"], committed: Sequence[Commit]) -> pds.Dataset:
         filesystem, root = storage.resolve(self.output)
-        paths = [f"{root.rstrip('/')}/{file.path}" for file in commits.iterate_files(self.commits, table)]
+        paths = [f"{root.rstrip('/')}/{file.path}" for file in commits.iterate_files(committed, table)]
         schema = SCHEMAS[table].append(pa.field("run", pa.string()))  # from the folder's name: run=<run_id>
         partitioning = pds.partitioning(pa.schema([("run", pa.string())]), flavor="hive")
         return pds.dataset(
@@ -208,10 +215,13 @@ class Results:
         import duckdb
 
         connection = duckdb.connect()
-        connection.register("images", self._dataset("images"))
+        connection.execute("CREATE TABLE committed (run_id VARCHAR, image_key VARCHAR)")
+        for images in self.all_images():
+            connection.register("images", images)
+            connection.execute("INSERT INTO committed SELECT run_id, image_key FROM images")
         rows = connection.sql(
             "SELECT run_id, list(image_key) AS keys FROM ("
-            "  SELECT run_id, image_key FROM images"
+            "  SELECT run_id, image_key FROM committed"
             "  QUALIFY row_number() OVER (PARTITION BY image_key ORDER BY run_id DESC) > 1"
             ") GROUP BY run_id"
         ).to_arrow_table()

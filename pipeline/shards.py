@@ -22,6 +22,7 @@ from pipeline.archive import ITEM_SCHEMA
 from pipeline.commits import Commit
 from pipeline.errors import ConfigError
 from pipeline.results import Results, hash_columns
+from pipeline.schema import IMAGES_SCHEMA
 
 MEMORY_LIMIT = "1GB"
 """Of DuckDB in the driver; what needs more, a listing of millions, goes to the plan's own folder."""
@@ -135,12 +136,17 @@ class Plan:
             }
         )
         self._database.register("made_by", made_by)
-        self._database.register("images", committed.all_images())
-        status = "images.status = 'ok'" if self.config.retry_failed else "true"
+        wanted = "image_key, source_version, shard_id, run_id, status"
+        self._database.register("images", IMAGES_SCHEMA.empty_table())
+        self._database.execute(f"CREATE TABLE committed AS SELECT {wanted} FROM images")
+        for images in committed.all_images():
+            self._database.register("images", images)
+            self._database.execute(f"INSERT INTO committed SELECT {wanted} FROM images")
+        status = "committed.status = 'ok'" if self.config.retry_failed else "true"
         self._database.execute(
             "CREATE TABLE visible AS"
             f" SELECT image_key, source_version, shard_id, made_by.same AND {status} AS counts"
-            " FROM images JOIN made_by USING (shard_id)"
+            " FROM committed JOIN made_by USING (shard_id)"
             " QUALIFY row_number() OVER (PARTITION BY image_key ORDER BY run_id DESC) = 1"
         )
         self._database.execute(
