@@ -60,6 +60,7 @@ test: lint
 	$(BIN)/pytest
 
 test-all: lint
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,fuzz]"
 	$(BIN)/pytest -m "not gpu"
 
 chaos: $(VENV)/ready

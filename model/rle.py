@@ -181,6 +181,8 @@ def _from_string(text: bytes) -> Ints:
     run = np.cumsum(is_last) - is_last
     first = np.flatnonzero(np.concatenate([[True], is_last[:-1]]))
     shift = 5 * (np.arange(len(code)) - first[run])
+    if shift.max() > 30:  # seven characters hold what 32 bits do
+        raise ValueError(f"a run of more than 32 bits in a COCO run-length string: {text[:40]!r}")
     value = np.add.reduceat((code & 31) << shift, first)
     value -= np.where(code[is_last] & 16, 1 << (shift[is_last] + 5), 0)
     value[1::2] = np.cumsum(value[1::2])

@@ -16,7 +16,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -47,6 +47,13 @@ class CommittedFile:
     rows: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _check_kinds(self, strings=("path", "sha256"), counts=("bytes", "rows"))
+        if self.table not in ("images", "instances"):
+            raise ValueError(f"table must be images or instances, got {self.table!r}")
+        if not self.path.startswith(f"{self.table}/") or ".." in self.path.split("/"):
+            raise ValueError(f"path must lie in the table's own folder {self.table}/, got {self.path!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
@@ -65,14 +72,38 @@ class Commit:
     instances: int
     files: tuple[CommittedFile, ...]
 
+    def __post_init__(self) -> None:
+        strings = ("shard_id", "attempt_id", "run_id", "weights_sha256", "settings_hash", "inputs_hash")
+        _check_kinds(self, strings=strings, counts=("images", "instances"))
+        if not isinstance(self.failed_by_reason, dict):
+            raise ValueError(f"failed_by_reason must map reasons to counts, got {self.failed_by_reason!r}")
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
     @staticmethod
     def from_json(data: bytes) -> Commit:
-        fields: dict[str, Any] = json.loads(data)
-        files = tuple(CommittedFile(**file) for file in fields.pop("files"))
-        return Commit(files=files, **fields)
+        """
+        Raises:
+            ValueError: it is not the JSON of a commit.
+        """
+        try:
+            fields: dict[str, Any] = json.loads(data)
+            files = tuple(CommittedFile(**file) for file in fields.pop("files"))
+            return Commit(files=files, **fields)
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _check_kinds(record: object, *, strings: tuple[str, ...], counts: tuple[str, ...]) -> None:
+    """Records come from files that anyone may have written."""
+    for name in strings:
+        if not isinstance(getattr(record, name), str):
+            raise ValueError(f"{name} must be text, got {getattr(record, name)!r}")
+    for name in counts:
+        value = getattr(record, name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
 
 
 def create_table(output: str) -> None:
@@ -200,10 +231,10 @@ def read_commits(output: str) -> list[Commit]:
 def _parse(uri: str) -> Commit:
     try:
         return Commit.from_json(storage.read_bytes(uri))
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise CommitError(f"{uri} is not a commit of this format: {error}") from error
 
 
-def iterate_files(commits: list[Commit], table: Literal["images", "instances"]) -> Iterator[CommittedFile]:
+def iterate_files(commits: Sequence[Commit], table: Literal["images", "instances"]) -> Iterator[CommittedFile]:
     """The committed files of one table."""
     return (file for commit in commits for file in commit.files if file.table == table)

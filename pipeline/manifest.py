@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from pipeline.errors import ConfigError
-from pipeline.items import extension
-from pipeline.parquet_archive import open_table
-from pipeline.range_file import open_object
+from pipeline.items import damaged, extension
+from pipeline.parquet_archive import PARSE_ERRORS, open_table
+from pipeline.range_file import is_damage, open_object
 from pipeline.storage import FileInfo
 from pipeline.uris import is_local, join
 
@@ -96,7 +96,12 @@ def _looks_like_uri(cell: str) -> bool:
 
 
 def _parquet_entries(info: FileInfo) -> Iterator[str]:
-    with open_table(info) as (table, _):
+    with open_table(info) as (table, file):
         column = uri_column(table.schema_arrow)
-        for batch in table.iter_batches(columns=[column]):
-            yield from (entry for entry in batch.column(0).to_pylist() if entry is not None)
+        try:
+            for batch in table.iter_batches(columns=[column]):
+                yield from (entry for entry in batch.column(0).to_pylist() if entry is not None)
+        except PARSE_ERRORS as error:
+            if not is_damage(error, file):
+                raise
+            raise damaged(info, "unreadable", str(error)) from error
