@@ -78,7 +78,7 @@ def to_input(
             pixels = pixels.flip(-1)
         if recipe.resize == "detectron2":
             pixels = pillow_resize(pixels, size)
-        values = ((pixels.float() / recipe.pixel_range - mean) / std).permute(2, 0, 1)  # (3, H, W)
+        values = pixels.float().div_(recipe.pixel_range).sub_(mean).div_(std).permute(2, 0, 1)  # (3, H, W)
         if recipe.resize == "torchvision":
             values = F.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
         place[:, : size.height, : size.width] = values
