@@ -36,3 +36,9 @@ def command(pid: int) -> str:
 def named(part: str, below: int | None = None) -> list[int]:
     """Descendants whose command line holds ``part``."""
     return [pid for pid in descendants(below or os.getpid()) if part in command(pid)]
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use now."""
+    fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
+    return 1024 * int(fields[0])
