@@ -75,7 +75,12 @@ def freeze_actor(world: World, output: str, chance: random.Random) -> str:
 def fill_disk(world: World, output: str, chance: random.Random) -> str:
     filler = world.disk / "filler"
     written = 0
-    with filler.open("wb") as file, suppress(OSError):
+    try:
+        file = filler.open("wb")
+    except OSError as error:
+        sizes = sorted(((path.stat().st_size, str(path)) for path in world.disk.rglob("*")), reverse=True)
+        raise AssertionError(f"the disk is full already: {sizes[:20]}") from error
+    with file, suppress(OSError):
         while True:
             written += file.write(bytes(1 << 16))
             file.flush()

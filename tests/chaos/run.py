@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -153,4 +155,7 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray looks at it once, when it is imported
+        environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.execve(sys.executable, [sys.executable, "-m", "tests.chaos.run", *sys.argv[1:]], environment)
     sys.exit(main(*map(int, sys.argv[1:])))
