@@ -86,8 +86,12 @@ class Plan:
         self._database = duckdb.connect(
             str(Path(self._folder.name) / "plan.duckdb"), config={"memory_limit": MEMORY_LIMIT}
         )
-        self._load(listing)
-        self._subtract(committed)
+        try:
+            self._load(listing)
+            self._subtract(committed)
+        except BaseException:
+            self._close()
+            raise
         self.images_listed, self.bytes_listed = self._count("listing")
         self.num_images, self.num_bytes = self._count("todo")
         self.images_done = self._one("SELECT count(*) FROM listing WHERE done")
@@ -110,6 +114,9 @@ class Plan:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         """Remove the plan's own folder."""
         self._database.close()
         self._folder.cleanup()

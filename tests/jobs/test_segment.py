@@ -16,9 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from pycocotools import mask as coco_mask
 
 import model
+from jobs import command
+from jobs.segment import SegmentConfig, main
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
 from tests.conftest import new_root
@@ -200,7 +203,12 @@ def test_sql_prints_keys_as_they_are(archive: Path, weights: Path, tmp_path: Pat
     ],
 )
 def test_a_wrong_request_exits_2_and_starts_nothing(
-    arguments: tuple[str, ...], message: str, archive: Path, weights: Path, tmp_path: Path
+    arguments: tuple[str, ...],
+    message: str,
+    archive: Path,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "README.txt").write_text("not weights")
     places = {
@@ -209,11 +217,19 @@ def test_a_wrong_request_exits_2_and_starts_nothing(
         "WEIGHTS": weights,
         "OUT": tmp_path / "out",
     }
-    run = maskline("segment", *(places.get(argument, argument) for argument in arguments))
-    assert run.returncode == 2, run.stderr
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    with pytest.raises(SystemExit) as ended:
+        command.run("segment", SegmentConfig, main, [str(places.get(argument, argument)) for argument in arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_request_is_one_line_in_a_terminal(weights: Path, tmp_path: Path) -> None:
+    run = maskline("segment", tmp_path / "nowhere", "--output", tmp_path / "out", "--weights", weights)
+    assert run.returncode == 2
+    assert "nowhere" in run.stderr
+    assert run.stderr.count("\n") == 1, run.stderr
 
 
 def test_a_keypoint_network_leaves_keypoints_and_no_masks(archive: Path, tmp_path: Path) -> None:
