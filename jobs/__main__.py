@@ -9,6 +9,7 @@ from jobs.command import run
 
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
+    "report": ("jobs.report", "ReportConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
     "train": ("jobs.train", "TrainConfig"),
     "evaluate": ("jobs.evaluate", "EvaluateConfig"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from jobs.segment import SegmentConfig, segment
 from pipeline import decode
 from pipeline.archive import list_images, read_images
 from pipeline.errors import DecodeError
-from pipeline.overlays import contact_sheet, draw_overlay
+from pipeline.overlays import contact_sheet, draw_rows
 from pipeline.results import Results, open_results
 from pipeline.scenes import write_archive
 
@@ -82,7 +81,7 @@ def _write_overlays(archive: Path, results: Results, folder: Path, count: int) -
     for index, pixels in _read(items.take(spread)):
         key = items["image_key"][int(spread[index])].as_py()
         instances = results.instances().to_table(filter=pds.field("image_key") == key).to_pylist()
-        pictures.append(_overlay(pixels, instances[:SHOWN_INSTANCES]))
+        pictures.append(draw_rows(pixels, instances[:SHOWN_INSTANCES]))
         paths.append(folder / f"{index:02d}.png")
         Image.fromarray(pictures[-1]).save(paths[-1])
     Image.fromarray(contact_sheet(pictures, columns=4)).save(folder / "sheet.png")
@@ -93,19 +92,6 @@ def _read(items: pa.Table) -> list[tuple[int, NDArray[np.uint8]]]:
     limits = decode.DecodeLimits()
     payloads = [(index, data) for index, data in read_images(items) if not isinstance(data, DecodeError)]
     return [(index, decode.decode(data, decode.inspect(data, limits))) for index, data in payloads]
-
-
-def _overlay(pixels: NDArray[np.uint8], instances: list[dict[str, Any]]) -> NDArray[np.uint8]:
-    boxes = [[row[name] for name in ("x1", "y1", "x2", "y2")] for row in instances]
-    return draw_overlay(
-        pixels,
-        boxes=np.array(boxes, np.float32).reshape(-1, 4),
-        labels=[row["category"] for row in instances],
-        scores=np.array([row["score"] for row in instances], np.float32),
-        masks=[
-            {"size": [row["mask_height"], row["mask_width"]], "counts": row["mask_rle"].encode()} for row in instances
-        ],
-    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
+import duckdb
 import tyro
 
 import model
@@ -27,11 +29,15 @@ from pipeline.decode import DecodeLimits
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.model_thread import Segmenter
 from pipeline.progress import ProgressView
-from pipeline.results import Results, TableMetadata
+from pipeline.report import write_report
+from pipeline.results import Results, TableMetadata, open_results
 from pipeline.schedule import Schedule, ScheduleConfig
 from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, ShardConfig
 from pipeline.summary import Summary
+from pipeline.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 SUSPECT_AFTER_ATTEMPTS = 2
 """A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
@@ -78,6 +84,10 @@ class SegmentConfig:
     """Do images again whose row says failed."""
     address: str | None = None
     """A Ray cluster's address; by default RAY_ADDRESS, else a local one is started for the run."""
+    report: bool = True
+    """Make a page of the run at its end, _runs/RUN.html; maskline report makes it too."""
+    price_per_hour: Annotated[float | None, tyro.conf.arg(metavar="PRICE")] = None
+    """Of one actor with its accelerator: the report then has the price of a million images."""
     dry_run: bool = False
     """Show the plan and stop."""
     json: bool = False
@@ -145,6 +155,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         config=config.shard_config(),
     ) as plan:
         summary = Summary.of_plan(plan, config.output, committed)
+        summary.weights_name = info.name
         summary.plan_seconds = time.monotonic() - plan_started
         _print_plan(plan, listing, config)
         if config.dry_run or plan.num_images == 0:
@@ -157,12 +168,14 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         load = load_segmenter or functools.partial(
             load_weights, weights, info.name, device, precision, config.batch_size
         )
-        _run_plan(config, plan, summary, metadata, load, device)
-        summary.seconds = time.monotonic() - started
-        storage.write_bytes(
-            storage.join(config.output, "_runs", f"{summary.run_id}.json"),
-            json.dumps(asdict(summary), indent=1).encode(),
-        )
+        timeline = _run_plan(config, plan, summary, metadata, load, device)
+    summary.seconds = time.monotonic() - started
+    storage.write_bytes(
+        storage.join(config.output, "_runs", f"{summary.run_id}.json"),
+        json.dumps(asdict(summary) | {"timeline": asdict(timeline)}, indent=1).encode(),
+    )
+    if config.report:
+        _report(config, summary)
     return summary
 
 
@@ -173,7 +186,7 @@ def _run_plan(
     metadata: TableMetadata,
     load_segmenter: Callable[[], Segmenter],
     device: Device,
-) -> None:
+) -> Timeline:
     cluster.connect(config.address)
     shape = cluster.actor_shape(device)
     bounds = parse_actors(config.actors) or (1, max(1, shape.room))
@@ -214,6 +227,15 @@ def _run_plan(
             f"an actor committed shard {shard_id}, but {config.output} as seen here has no such commit: "
             "give --output a path that all nodes share, or a URI"
         )
+    return result.done.timeline
+
+
+def _report(config: SegmentConfig, summary: Summary) -> None:
+    """The page of the run. The run is whole without it."""
+    try:
+        summary.report = write_report(open_results(config.output), summary.run_id, price_per_hour=config.price_per_hour)
+    except (PipelineError, OSError, duckdb.Error) as error:
+        logger.warning("the run has no report: %s; maskline report %s tries again", error, config.output)
 
 
 @contextmanager
@@ -326,6 +348,8 @@ def main(config: SegmentConfig) -> None:
     )
     for reason, count in sorted(summary.failed_by_reason.items()):
         print(f"  failed, {reason}: {count}")
+    if summary.report:
+        print(f"  report: {summary.report}")
     memory = f", at most {summary.peak_device_bytes / 1e9:.1f} GB of device memory" if summary.peak_device_bytes else ""
     print(f"  the model computed {summary.model_busy:.0%} of the time, in batches of {summary.batch_size}{memory}")
     if summary.batch_halvings:

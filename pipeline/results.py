@@ -169,6 +169,10 @@ class Results:
         self.commits = committed
         self._superseded: dict[str, pa.Array] | None = None
 
+    def of_run(self, run_id: str) -> Results:
+        """What one run committed, whatever superseded it since."""
+        return Results(self.output, [commit for commit in self.commits if commit.run_id == run_id])
+
     def images(self) -> pds.Dataset:
         """One row for each image."""
         return self._visible("images")

@@ -213,8 +213,8 @@ class Schedule:
             return
         task.finished = True
         self.result.given_up.pop(shard_id, None)
-        self.result.done.add(outcome)
         self.result.seconds = time.monotonic() - (self._started or 0.0)
+        self.result.done.add(outcome, self.result.seconds)
         logger.info(
             "shard done shard=%s commit=%s images=%d failed=%d instances=%d seconds=%.1f",
             shard_id,

@@ -35,6 +35,7 @@ class Summary:
 
     run_id: str
     output: str
+    weights_name: str = ""
     images_listed: int
     images_already_done: int
     images_planned: int
@@ -71,6 +72,8 @@ class Summary:
     peak_device_bytes: int = 0
     """Of the actor that used most; 0 on a CPU."""
     stopped: bool = False
+    report: str = ""
+    """Its page, once there is one."""
 
     @staticmethod
     def of_plan(plan: Plan, output: str, committed: Sequence[Commit]) -> Summary:

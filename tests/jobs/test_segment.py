@@ -83,6 +83,18 @@ def test_every_image_has_its_row_and_every_mask_its_size(table: tuple[Path, dict
     assert json.loads((output / "_runs" / f"{summary['run_id']}.json").read_text())["instances"] == len(instances)
 
 
+def test_the_run_has_its_page(table: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = table
+    page = Path(summary["report"]).read_text()
+    assert Path(summary["report"]).parent == output / "_runs"
+    assert f"<b>{summary['images_ok']}</b>images ok" in page
+    assert page.count("data:image/jpeg") > 3
+    again = maskline("report", output)
+    assert again.stdout.strip() == summary["report"]
+    assert Path(summary["report"]).read_text() == page
+    assert "its runs are" in maskline("report", output, "--run", "r9").stderr
+
+
 def test_the_table_holds_what_predict_finds(table: tuple[Path, dict[str, Any]], archive: Path, weights: Path) -> None:
     from pipeline import decode
 
