@@ -10,6 +10,7 @@ from jobs.command import run
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
     "report": ("jobs.report", "ReportConfig"),
+    "export": ("jobs.export", "ExportConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
     "train": ("jobs.train", "TrainConfig"),
     "evaluate": ("jobs.evaluate", "EvaluateConfig"),

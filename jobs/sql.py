@@ -14,12 +14,13 @@ from rich.text import Text
 
 from jobs.command import run
 from pipeline.errors import ConfigError
+from pipeline.report import runs_table
 from pipeline.results import open_results
 
 
 @dataclass(frozen=True, kw_only=True)
 class SqlConfig:
-    """Query a results table: its views are images and instances."""
+    """Query a results table: its views are images, instances and runs."""
 
     output: tyro.conf.Positional[str]
     """The results table's root."""
@@ -39,13 +40,16 @@ def query(config: SqlConfig) -> tuple[list[str], list[tuple[Any, ...]]]:
     connection = duckdb.connect()
     connection.register("images", results.images())
     connection.register("instances", results.instances())
+    connection.register("runs", runs_table(config.output))
     try:
         relation = connection.sql(config.query)
         if relation is None:
-            raise ConfigError("the query gives no rows: it should be a SELECT over the views images and instances")
+            raise ConfigError(
+                "the query gives no rows: it should be a SELECT over the views images, instances and runs"
+            )
         return relation.columns, relation.fetchall()
     except duckdb.Error as error:
-        raise ConfigError(f"the query was not accepted: {error}. The views are images and instances") from error
+        raise ConfigError(f"the query was not accepted: {error}. The views are images, instances and runs") from error
 
 
 def main(config: SqlConfig) -> None:

@@ -111,7 +111,7 @@ class CocoDataset:
         return index
 
 
-def read_coco(uri: str, *, wanted: Wanted = frozenset({"masks"})) -> CocoDataset:
+def read_coco(uri: str, *, wanted: Wanted = frozenset({"masks"}), require_annotations: bool = True) -> CocoDataset:
     """Read and check a file. Masks and keypoints that are not ``wanted`` are neither checked nor kept."""
     shown_uri = storage.public_uri(uri)
     document = _document(uri, shown_uri)
@@ -138,7 +138,8 @@ def read_coco(uri: str, *, wanted: Wanted = frozenset({"masks"})) -> CocoDataset
         images=usable, categories=dict(sorted(categories.items())), keypoint_names=keypoint_names, defects=defects
     )
     listed = f"{len(document['images']):,} images and {len(document['annotations']):,} annotations"
-    _require_usable(dataset, f"{shown_uri}, which lists {listed}", "correct the file, or give another")
+    if require_annotations or not usable:
+        _require_usable(dataset, f"{shown_uri}, which lists {listed}", "correct the file, or give another")
     return dataset
 
 

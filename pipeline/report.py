@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from typing import Any
 from urllib.parse import quote
 
 import jinja2
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pds
 from numpy.typing import NDArray
 from PIL import Image
@@ -93,6 +94,20 @@ def run_ids(output: str) -> list[str]:
     """The runs that left a record, in the order of time."""
     names = (file.uri.rpartition("/")[2] for file in storage.list_files(storage.join(output, "_runs")))
     return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def runs_table(output: str) -> pa.Table:
+    """A row for each run that left a record: the fields of ``Summary``, what is not one value as JSON."""
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    schema = pa.schema([(field.name, kinds.get(str(field.type), pa.string())) for field in fields(Summary)])
+    rows = [read_summary(output, run_id) for run_id in run_ids(output)]
+    return pa.Table.from_pylist(
+        [
+            {name: json.dumps(row[name]) if isinstance(row[name], dict) else row[name] for name in schema.names}
+            for row in rows
+        ],
+        schema=schema,
+    )
 
 
 def render(results: Results, summary: Mapping[str, Any], *, price_per_hour: float | None = None) -> str:

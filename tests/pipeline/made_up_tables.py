@@ -65,15 +65,23 @@ def add_run(
     output: str, run_id: str, archive: str, scores: Mapping[str, Sequence[float] | DecodeError], *, seed: int = 0
 ) -> Summary:
     """Commit a row for each image of the archive, with instances of those `scores` by the name of its file."""
+    chance = np.random.default_rng(seed)
+    names = [key.rpartition("/")[2] for key in listed(archive)["image_key"].to_pylist()]
+    given = {name: found(one, chance) if not isinstance(one := scores[name], DecodeError) else one for name in names}
+    return add_detections(output, run_id, archive, given)
+
+
+def add_detections(output: str, run_id: str, archive: str, given: Mapping[str, Detections | DecodeError]) -> Summary:
+    """The same with what was found in each image."""
     commits.create_table(output)
     items = listed(archive)
-    rows, chance = ShardRows(items, f"s-{run_id}", run_id), np.random.default_rng(seed)
+    rows = ShardRows(items, f"s-{run_id}", run_id)
     for index, key in enumerate(items["image_key"].to_pylist()):
-        wanted = scores[key.rpartition("/")[2]]
-        if isinstance(wanted, DecodeError):
-            rows.add_failed(index, wanted, 9)
+        detections = given[key.rpartition("/")[2]]
+        if isinstance(detections, DecodeError):
+            rows.add_failed(index, detections, 9)
         else:
-            rows.add_ok(index, SIZE, 1, 900, found(wanted, chance))
+            rows.add_ok(index, SIZE, 1, 900, detections)
     tables = rows.tables()
     files = tuple(
         results.write_table(output, name, tables[name], f"s-{run_id}-a", METADATA, run_id)

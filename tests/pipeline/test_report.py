@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.sql import SqlConfig, query
 from pipeline.errors import ConfigError, DecodeError
-from pipeline.report import bound_by, find_drift, link_of, read_summary, write_report
+from pipeline.report import bound_by, find_drift, link_of, read_summary, runs_table, write_report
 from pipeline.results import open_results
 from pipeline.run_statistics import number_bin, read_statistics
 from tests.pipeline.made_up_tables import add_run, write_images
@@ -72,6 +73,18 @@ def test_a_run_that_committed_nothing_has_its_page(tmp_path: Path) -> None:
     page = page_of(tmp_path / "out", "r2")
     assert "Too few images to tell" in page
     assert "Nothing was computed" in page
+
+
+def test_runs_are_rows(tmp_path: Path) -> None:
+    write_images(tmp_path / "archive", ["a.png"])
+    assert runs_table(str(tmp_path / "out")).num_rows == 0
+    for run in ("r1", "r2"):
+        add_run(str(tmp_path / "out"), run, str(tmp_path / "archive"), {"a.png": [0.9, 0.8]})
+    columns, rows = query(
+        SqlConfig(output=str(tmp_path / "out"), query="SELECT run_id, instances, stage_seconds ->> 'decode' FROM runs")
+    )
+    assert columns[:2] == ["run_id", "instances"]
+    assert rows == [("r1", 2, "1.5"), ("r2", 2, "1.5")]
 
 
 def test_runs_without_a_record_are_refused_in_words(tmp_path: Path) -> None:
