@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -162,3 +164,27 @@ def test_on_every_store_the_first_commit_stays(store: str) -> None:
         "won",
     ]
     assert commits.read_commits(store) == [make_commit("a")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": "two"}, "images must be a whole number of at least 0, got 'two'"),
+        ({"instances": -1}, "instances must be a whole number of at least 0, got -1"),
+        ({"run_id": None}, "run_id must be text, got None"),
+        ({"failed_by_reason": []}, "failed_by_reason must map"),
+        ({"files": 3}, "TypeError"),
+        ({"more": 1}, "TypeError"),
+        ({"files": [{"path": "../../x"}]}, "path must lie in the table's own folder images/, got '../../x'"),
+        ({"files": [{"path": "images/../../x"}]}, "path must lie in the table's own folder"),
+        ({"files": [{"table": "secrets"}]}, "table must be images or instances, got 'secrets'"),
+    ],
+)
+def test_a_commit_that_someone_else_wrote_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    fields = json.loads(make_commit("a").to_json())
+    if isinstance(change.get("files"), list):
+        change = {"files": [fields["files"][0] | change["files"][0]]}
+    storage.write_bytes(f"{tmp_path}/_commits/s1.json", json.dumps(fields | change).encode())
+    with pytest.raises(CommitError, match=r"s1\.json is not a commit of this format: ") as raised:
+        commits.read_commits(str(tmp_path))
+    assert message in str(raised.value)
