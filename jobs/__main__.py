@@ -10,6 +10,7 @@ from jobs.command import run
 COMMANDS = {
     "segment": ("jobs.segment", "SegmentConfig"),
     "report": ("jobs.report", "ReportConfig"),
+    "view": ("jobs.view", "ViewConfig"),
     "export": ("jobs.export", "ExportConfig"),
     "sql": ("jobs.sql", "SqlConfig"),
     "train": ("jobs.train", "TrainConfig"),

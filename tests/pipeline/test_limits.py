@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.report import write_report
+from pipeline.results import open_results
+from pipeline.table_index import Filter, opened_index
 from tests.pipeline.large_tables import IMAGES_PER_COMMIT, write_table
+from tests.pipeline.million_rows import write_million
 
 GIBIBYTE = 2**30
 
@@ -56,3 +61,35 @@ def test_an_actor_s_memory_is_bounded_whatever_the_images(kind: str, gigabytes: 
     sys.stdout.write(f"\n{found}\n")
     assert (found["images"], found["failed"]) == (30, {})
     assert found["peak_bytes"] < gigabytes * 1e9
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_browsed_and_reported_on(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    for run in ("r1", "r2"):
+        write_million(
+            output, run, 100_000 if run == "r2" else 50_000
+        )  # the second holds the images of the first, and more
+    results = open_results(output)
+    assert results.instances().count_rows() == 999_000
+    began = time.perf_counter()
+    with opened_index(results) as index:
+        opened = time.perf_counter() - began
+        filters = [
+            Filter(),
+            Filter(order="best"),
+            Filter(category="ring", min_score=0.9, order="most"),
+            Filter(min_area=80_000, max_score=0.2, order="worst"),
+            Filter(text="photograph-00431", status="ok"),
+            Filter(status="truncated", run="r2", order="fewest"),
+        ]
+        seconds = []
+        for wanted in filters:
+            began = time.perf_counter()
+            assert index.page(wanted)["total"] > 0
+            seconds.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    write_report(results, "r2")
+    report = time.perf_counter() - began
+    found = {"opened": opened, "filters": seconds, "report": report}
+    sys.stdout.write(f"\n{found}\n")
