@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 import model
-from jobs.segment import load_weights
+from jobs.network_weights import load_weights
 from model.structures import sizes_of
 from pipeline import cluster, decode
 from pipeline.batching import DecodedImage, batches

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.command import run
-from jobs.segment import SegmentConfig, segment
+from jobs.segment import segment
+from jobs.segment_config import SegmentConfig
 from pipeline import decode
 from pipeline.archive import list_images, read_images
 from pipeline.errors import DecodeError

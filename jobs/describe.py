@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.command import run
-from jobs.segment import read_weights
+from jobs.network_weights import read_weights
 from model import gmacs
 from model.network import build_network
 from model.structures import ImageSize

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from jobs.command import run
 from jobs.evaluation import SCORE_THRESHOLD, Evaluation, categories_table, stats_table, write_evaluation
-from jobs.segment import SegmentConfig, parse_actors, segment
+from jobs.segment import segment
+from jobs.segment_config import SegmentConfig, parse_actors
 from pipeline import storage
 from pipeline.archive import ARCHIVE_NAMES
 from pipeline.coco import CocoDataset, Wanted, read_coco
@@ -101,6 +102,7 @@ def _segment_images(config: EvaluateConfig, dataset: CocoDataset, table: str, ma
     manifest.write_text("".join(f"{line}\n" for line in lines), errors="surrogateescape")
     segment(
         SegmentConfig(
+            report=False,
             inputs=(str(manifest),),
             output=table,
             weights=config.weights,

@@ -16,7 +16,8 @@ import ray
 import model
 from jobs import bare_loop_peer, ray_data_peer
 from jobs.benchmark_rows import Row, take_turns
-from jobs.segment import SegmentConfig, segment
+from jobs.segment import segment
+from jobs.segment_config import SegmentConfig
 from model.structures import Detections, ImageSize
 from pipeline import cluster
 from pipeline.cluster import WORKER_ENVIRONMENT
@@ -113,7 +114,12 @@ def _run_maskline(
     output: Path,
 ) -> float:
     config = SegmentConfig(
-        inputs=(folder,), output=str(output), weights=weights, device=device, images_per_shard=images_per_shard
+        report=False,
+        inputs=(folder,),
+        output=str(output),
+        weights=weights,
+        device=device,
+        images_per_shard=images_per_shard,
     )
     summary = segment(config, load_segmenter)
     summary.raise_if_incomplete()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jobs.segment import parse_actors
+from jobs.segment_config import parse_actors
 from jobs.starting_network import ModelName
 from model.losses import LossConfig
 from model.optimiser import OptimiserConfig

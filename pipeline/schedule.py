@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError
 from pipeline.model_thread import Segmenter
-from pipeline.shard_attempts import ActorConfig, Attempt
+from pipeline.shard_attempts import ActorConfig, Attempt, ShardOutcome
 from pipeline.shards import Shard
 from pipeline.tally import Tally
 from pipeline.workers import Returned, Task, Worker, WorkerPool
@@ -63,6 +63,8 @@ class Tick:
     images_failed: int
     actors_up: int
     actors_asked: int
+    retries: int = 0
+    """Of shards, so far."""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +95,12 @@ class Schedule:
         config: ScheduleConfig,
         *,
         is_suspect: Callable[[Shard], bool] = lambda _: False,
+        on_outcome: Callable[[ShardOutcome], None] = lambda _: None,
     ) -> None:
         """
         Args:
             is_suspect: whether earlier runs died over a shard, asked as each is handed out for the first time.
+            on_outcome: called once for each shard that has its commit.
         """
         self.result = ScheduleResult()
         self._fresh = ((shard, order) for order, shard in enumerate(shards))
@@ -106,7 +110,7 @@ class Schedule:
         self._pool = WorkerPool(
             load_segmenter, actor_config, gpus_per_actor=config.gpus_per_actor, cpus_per_actor=config.cpus_per_actor
         )
-        self._is_suspect = is_suspect
+        self._is_suspect, self._on_outcome = is_suspect, on_outcome
         self._started: float | None = None
         """When the first shard was handed out."""
 
@@ -215,6 +219,7 @@ class Schedule:
         self.result.given_up.pop(shard_id, None)
         self.result.seconds = time.monotonic() - (self._started or 0.0)
         self.result.done.add(outcome, self.result.seconds)
+        self._on_outcome(outcome)
         logger.info(
             "shard done shard=%s commit=%s images=%d failed=%d instances=%d seconds=%.1f",
             shard_id,
@@ -245,4 +250,5 @@ class Schedule:
             images_failed=done.images_failed,
             actors_up=len(self._pool.up),
             actors_asked=len(workers),
+            retries=self.result.num_retries,
         )

@@ -45,6 +45,7 @@ SIZE = ImageSize(48, 64)
 ENVIRONMENT = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     "RAY_worker_niceness": "0",
+    "RAY_metrics_report_interval_ms": "1000",
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_DEFAULT_REGION": "us-east-1",

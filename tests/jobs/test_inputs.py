@@ -16,7 +16,8 @@ import pytest
 import ray
 
 import model
-from jobs.segment import SegmentConfig, segment
+from jobs.segment import segment
+from jobs.segment_config import SegmentConfig
 from pipeline import storage
 from pipeline.results import open_results
 from pipeline.scenes import write_archive

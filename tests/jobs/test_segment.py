@@ -21,7 +21,8 @@ from pycocotools import mask as coco_mask
 
 import model
 from jobs import command
-from jobs.segment import SegmentConfig, main
+from jobs.segment import main
+from jobs.segment_config import SegmentConfig
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
 from tests.conftest import new_root

@@ -16,7 +16,8 @@ from PIL import Image
 import model
 import pipeline
 from jobs.agreement import agreement
-from jobs.segment import SegmentConfig, describe_table
+from jobs.segment import describe_table
+from jobs.segment_config import SegmentConfig
 from model import R18_FPN, Recipe
 from model.structures import ImageSize
 from model.weights import WeightsInfo
