@@ -12,9 +12,15 @@ from typing import TypeVar
 
 import tyro
 
+from jobs.config_file import as_toml, with_file
 from pipeline.errors import ConfigError, PipelineError
 
 Config = TypeVar("Config")
+
+ABOUT_FILES = (
+    "Options may stand in a TOML file, by their names: --config run.toml; those given here override them. "
+    "--print-config prints them as such a file."
+)
 
 
 def run(
@@ -23,8 +29,16 @@ def run(
     """Parse the options of ``maskline name`` and run it; errors become one line and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("stamina").setLevel(logging.ERROR)  # pipeline/retry.py says once what stamina says each time
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        main(tyro.cli(config_class, args=arguments, prog=f"maskline {name}"))
+        shows_config = "--print-config" in given
+        given = with_file(name, config_class, [one for one in given if one != "--print-config"])
+        description = f"{config_class.__doc__}\n\n{ABOUT_FILES}"
+        config = tyro.cli(config_class, args=given, prog=f"maskline {name}", description=description)
+        if shows_config:
+            sys.stdout.write(as_toml(config))
+            return
+        main(config)
     except ConfigError as error:
         sys.exit(_say(name, str(error), 2))
     except (PipelineError, OSError) as error:
