@@ -5,10 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.slow  # a driver starts anew after most faults
 def test_twenty_faults_lose_and_double_nothing() -> None:
     command = [sys.executable, "-m", "tests.chaos.run", "20", "600", "1"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)

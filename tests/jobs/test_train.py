@@ -167,6 +167,7 @@ def test_one_worker_computes_what_two_do_for_fifty_steps(folder: Path, tmp_path:
     assert_same_curve(finish(folder, tmp_path / "one", "--epochs", 12.5, "--workers", 1, *IN_DOUBLE), two)
 
 
+@pytest.mark.slow  # a killed driver leaves its workers dead too
 def test_a_killed_worker_leaves_the_curve_as_it_was(folder: Path, undisturbed: History, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run = start(folder, output, "--epochs", 3, "--workers", 2, *IN_DOUBLE)

@@ -39,7 +39,9 @@ def _changed(net: MaskRCNN, **changes: Any) -> MaskRCNN:
     return MaskRCNN(net.network, **{**{name: getattr(net, name) for name in names}, **changes})
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "faster v1", "faster v2", "keypoint"])
+@pytest.mark.parametrize(
+    "version", ["v1", "v2", "faster v1", "faster v2", pytest.param("keypoint", marks=pytest.mark.slow)]
+)
 def test_agrees_with_torchvision_on_small_inputs(version: str) -> None:
     images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
     theirs = torchvision_network(version, images[0], min_size=160, max_size=256, proposals=200)

@@ -138,6 +138,7 @@ def test_every_image_gets_one_row(archive: Path, tmp_path: Path) -> None:
     assert result.num_retries == result.num_actor_deaths == 0
 
 
+@pytest.mark.slow  # tests/chaos kills and freezes them in every run of the tests
 def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_doubled(archive: Path, tmp_path: Path) -> None:
     result = run(archive, tmp_path / "out", load=load_slow, on_tick=signal_one_actor(signal.SIGKILL))
     assert result.num_actor_deaths == 1
@@ -145,6 +146,7 @@ def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_doubled(archive: Path
     assert keys_of(tmp_path / "out") == ALL_KEYS
 
 
+@pytest.mark.slow
 def test_a_frozen_actor_s_shards_go_to_another(archive: Path, tmp_path: Path) -> None:
     result = run(
         archive,
