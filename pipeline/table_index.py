@@ -80,7 +80,7 @@ class TableIndex:
     def choices(self) -> dict[str, list[tuple[str, int]]]:
         """What there is to choose from, with how many images (of categories: instances) each has."""
         queries = {
-            "categories": "SELECT category, count(*) FROM instances GROUP BY 1 ORDER BY 2 DESC, 1",
+            "categories": "SELECT category, count(*) FROM found GROUP BY 1 ORDER BY 2 DESC, 1",
             "statuses": "SELECT coalesce(reason, status), count(*) FROM images GROUP BY 1 ORDER BY 2 DESC, 1",
             "runs": "SELECT run_id, count(*) FROM images GROUP BY 1 ORDER BY 1 DESC",
         }
@@ -116,6 +116,7 @@ class TableIndex:
         self._connection.execute(
             "CREATE TABLE found AS SELECT number, category, score, area FROM instances JOIN images USING (image_key)"
         )
+        self._connection.execute("DROP TABLE instances")
         self._connection.unregister("committed_images")
         self._connection.unregister("committed_instances")
 

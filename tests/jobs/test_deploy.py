@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -83,6 +84,17 @@ def unknown(value: Any, schema: dict[str, Any], path: str) -> Iterator[str]:
     elif isinstance(value, list) and "items" in schema:
         for inner in value:
             yield from unknown(inner, schema["items"], f"{path}[]")
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    dashboard = json.loads((DEPLOY / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set(re.findall(r"ray_maskline_(\w+)", " ".join(queries)))
+    written = (ROOT / "pipeline" / "metrics.py").read_text()
+    counters = {f"{name}_total" for name in re.findall(r'_counter\(\s*"(\w+)"', written)}
+    gauges = set(re.findall(r'Gauge\("maskline_(\w+)"', written))
+    assert asked == counters | gauges
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 def test_the_image_is_made_of_files_that_are_there() -> None:
