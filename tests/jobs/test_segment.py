@@ -330,8 +330,16 @@ def test_storage_calls_that_are_tried_again_are_told(
         s3_environment(proxy.endpoint)
         output = new_root("s3")
         proxy.faults = ["", "", "503", ""] * 20
-        found = last_json(maskline("segment", archive, "--output", output, "--weights", weights, "--json"))
+        options = (
+            "--output",
+            output,
+            "--weights",
+            weights,
+            "--no-report",
+            "--json",
+        )  # a report is made after the count
+        found = last_json(maskline("segment", archive, *options))
         spent = 20 - proxy.faults.count("503")
     assert found["images_ok"] == 18
     assert spent > 3
-    assert spent - 2 <= found["storage_retries"] <= spent  # a call that creates is tried by its own rule, not counted
+    assert spent // 2 <= found["storage_retries"] <= spent  # calls that create are tried by their own rule, not counted

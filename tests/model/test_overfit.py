@@ -14,7 +14,7 @@ from model import R18_FPN, R50_C4, Detections, ImageSize, MaskRCNN, ModelConfig,
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import LossConfig
-from model.network import build_network
+from model.network import Network, build_network
 from model.training import TrainingForward
 from pipeline.scenes import CATEGORIES, Scene, draw_scene
 from tests.reference.average_precision import average_precision
@@ -69,13 +69,7 @@ QUICK_STEPS = 50
 
 
 def test_begins_to_learn() -> None:
-    scenes = [draw_scene(seed, SIZE) for seed in range(4)]
-    network = build_network(FPN, RECIPE)
-    initialise(network, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        forward = TrainingForward(network, config=FPN, recipe=RECIPE, losses=LOSSES)
-        history = _train(forward, scenes, num_steps=QUICK_STEPS)
+    _, history = _learnt(FPN, [draw_scene(seed, SIZE) for seed in range(4)], num_steps=QUICK_STEPS)
     sys.stdout.write(f"loss {history[0]:.2f} → {np.mean(history[-5:]):.3f}\n")
     assert np.mean(history[-5:]) < 0.6 * history[0]
 
@@ -85,12 +79,7 @@ def test_begins_to_learn() -> None:
 def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = CONFIGS[name]
     scenes = [draw_scene(seed, SIZE) for seed in range(4)]
-    network = build_network(config, RECIPE)
-    initialise(network, seed=0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        forward = TrainingForward(network, config=config, recipe=RECIPE, losses=LOSSES)
-        history = _train(forward, scenes, num_steps=STEPS.get(name, OTHER_STEPS))
+    network, history = _learnt(config, scenes, num_steps=STEPS.get(name, OTHER_STEPS))
     net = MaskRCNN(
         network, config=config, recipe=RECIPE, categories=dict(enumerate(CATEGORIES, 1)), name=name, sha256=""
     )
@@ -103,6 +92,16 @@ def test_learns_four_images_by_heart(name: str, capsys: pytest.CaptureFixture[st
     assert precision >= 0.9
     if config.num_keypoints:
         assert _keypoint_error(scenes, found) < 2
+
+
+def _learnt(config: ModelConfig, scenes: list[Scene], *, num_steps: int) -> tuple[Network, list[float]]:
+    """A new network after so many steps on these images, and the sum of its losses at each."""
+    network = build_network(config, RECIPE)
+    initialise(network, seed=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        forward = TrainingForward(network, config=config, recipe=RECIPE, losses=LOSSES)
+        return network, _train(forward, scenes, num_steps=num_steps)
 
 
 def _train(forward: TrainingForward, scenes: list[Scene], *, num_steps: int) -> list[float]:

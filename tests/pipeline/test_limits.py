@@ -53,13 +53,13 @@ def test_a_hundred_thousand_commits_are_planned_over(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "gigabytes"), [("jpeg", 4), ("progressive", 4.5), ("png", 6), ("float-tiff", 6)])
 def test_an_actor_s_memory_is_bounded_whatever_the_images(kind: str, gigabytes: float) -> None:
-    """Thirty images of 100 megapixels are 9 GB of pixels."""
-    command = [sys.executable, "-m", "tests.pipeline.large_images", kind, "30"]
+    """Sixteen images of 100 megapixels are 4.8 GB of pixels, beside the gigabyte that torch and the model take."""
+    command = [sys.executable, "-m", "tests.pipeline.large_images", kind, "16"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     sys.stdout.write(f"\n{found}\n")
-    assert (found["images"], found["failed"]) == (30, {})
+    assert (found["images"], found["failed"]) == (16, {})
     assert found["peak_bytes"] < gigabytes * 1e9
 
 
