@@ -22,7 +22,6 @@ from pipeline.archive import ITEM_SCHEMA
 from pipeline.commits import Commit
 from pipeline.errors import ConfigError
 from pipeline.results import Results, hash_columns
-from pipeline.schema import IMAGES_SCHEMA
 
 MEMORY_LIMIT = "1GB"
 """Of DuckDB in the driver; what needs more, a listing of millions, goes to the plan's own folder."""
@@ -136,32 +135,35 @@ class Plan:
             count += batch.num_rows
 
     def _subtract(self, committed: Results) -> None:
+        """Commits are numbered in the order of their runs: of several rows of an image that of the highest counts."""
         made_by = pa.table(
             {
+                "number": pa.array(range(len(committed.commits)), pa.int32()),
                 "shard_id": pa.array([commit.shard_id for commit in committed.commits], pa.string()),
                 "same": pa.array([self._is_same(commit) for commit in committed.commits], pa.bool_()),
             }
         )
         self._database.register("made_by", made_by)
-        wanted = "image_key, source_version, shard_id, run_id, status"
-        self._database.register("images", IMAGES_SCHEMA.empty_table())
-        self._database.execute(f"CREATE TABLE committed AS SELECT {wanted} FROM images")
+        self._database.execute(
+            "CREATE TABLE committed (image_key VARCHAR, source_version VARCHAR, number INTEGER, counts BOOLEAN)"
+        )
+        status = "status = 'ok'" if self.config.retry_failed else "true"
         for images in committed.all_images():
             self._database.register("images", images)
-            self._database.execute(f"INSERT INTO committed SELECT {wanted} FROM images")
-        status = "committed.status = 'ok'" if self.config.retry_failed else "true"
+            self._database.execute(
+                f"INSERT INTO committed SELECT image_key, source_version, number, same AND {status}"
+                " FROM images JOIN made_by USING (shard_id)"
+            )
         self._database.execute(
-            "CREATE TABLE visible AS"
-            f" SELECT image_key, source_version, shard_id, made_by.same AND {status} AS counts"
-            " FROM committed JOIN made_by USING (shard_id)"
-            " QUALIFY row_number() OVER (PARTITION BY image_key ORDER BY run_id DESC) = 1"
+            "CREATE TABLE visible AS SELECT image_key, max(number) AS number, arg_max(counts, number) AS counts,"
+            " arg_max(source_version, number) AS source_version FROM committed GROUP BY image_key"
         )
         self._database.execute(
-            "CREATE TABLE listing AS SELECT item.*, visible.shard_id AS committed_shard,"
+            "CREATE TABLE listing AS SELECT item.*, made_by.shard_id AS committed_shard,"
             " coalesce(visible.counts AND visible.source_version = item.source_version, false) AS done"
             " FROM (SELECT * FROM raw"
             "       QUALIFY row_number() OVER (PARTITION BY image_key ORDER BY sequence DESC) = 1) AS item"
-            " LEFT JOIN visible USING (image_key)"
+            " LEFT JOIN visible USING (image_key) LEFT JOIN made_by USING (number)"
         )
         limit = "" if self.config.max_images is None else f" LIMIT {self.config.max_images}"
         self._database.execute(
