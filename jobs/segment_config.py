@@ -81,6 +81,8 @@ class SegmentConfig:
             raise ConfigError(f"stall_timeout must be more than 0 seconds, got {self.stall_timeout}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
+            raise ConfigError(f"price_per_hour must be at least 0, got {self.price_per_hour}")
         if self.notify is not None:
             check_webhook(self.notify)
         self.shard_config()

@@ -7,6 +7,7 @@ import json
 import secrets
 import webbrowser
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
@@ -87,7 +88,7 @@ CACHE = web.AppKey("cache", Pictures)
 
 
 def application(index: TableIndex, token: str) -> web.Application:
-    """Everything but the page itself asks for the token, and the page tells nothing."""
+    """Every answer, the page itself too, asks for the token."""
     app = web.Application(middlewares=[_guard])
     app[INDEX], app[TOKEN], app[CACHE] = index, token, Pictures(index)
     app.add_routes(
@@ -188,7 +189,7 @@ def filter_of(query: dict[str, str]) -> Filter:
 def main(config: ViewConfig) -> None:
     """The command: serve the page until it is stopped."""
     results = open_results(config.output)
-    with opened_index(results) as index:
+    with opened_index(results) as index, suppress(KeyboardInterrupt):  # its way to end
         asyncio.run(_serve(index, config))
 
 

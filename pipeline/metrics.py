@@ -1,6 +1,7 @@
 """A run's numbers for Prometheus, through Ray: every node's agent serves them beside Ray's own.
 
-The driver counts what shards report once they have their commit, so the counts are the table's.
+The driver counts what shards report once they have their commit, so the counts are the table's; of two drivers with the
+same work each counts the shards that it saw done, under its own run.
 """
 
 from __future__ import annotations

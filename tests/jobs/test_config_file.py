@@ -62,7 +62,7 @@ def test_what_is_printed_gives_the_same_again(file: str, tmp_path: Path, capsys:
 
 
 def test_nested_options_are_tables(tmp_path: Path) -> None:
-    config = TrainConfig(train_annotations="a.json", train_images='é "i"', output="o")
+    config = TrainConfig(train_annotations="a.json", train_images='é "i" 😀', output="o")
     (tmp_path / "train.toml").write_text(as_toml(config))
     found: list[TrainConfig] = []
     arguments = ["--config", str(tmp_path / "train.toml"), "--optimiser.learning-rate", "0.5"]

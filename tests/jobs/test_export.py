@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from jobs.export import ExportConfig, export
-from model.structures import Detections, ImageSize
+from model.structures import Detections
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.export import images_with_instances
 from pipeline.export_files import polygons_of
@@ -217,8 +217,7 @@ def test_what_cannot_be_is_refused(table: Path, tmp_path: Path) -> None:
         exported(tmp_path, "coco", tmp_path / "c.json")
 
 
-def test_a_large_image_is_not_held_for_the_others(table: Path) -> None:
-    """Groups come in the order of keys, whatever the order of the files."""
+def test_images_come_in_the_order_of_their_keys(table: Path) -> None:
     groups = list(images_with_instances(open_results(str(table))))
     keys = [group.image["image_key"] for group in groups]
     assert keys == sorted(keys)
@@ -247,11 +246,10 @@ def test_hugging_face_reads_the_parquet(table: Path, tmp_path: Path) -> None:
     assert set(loaded["category"]) <= set(CATEGORIES.values())
 
 
-def test_labelme_reads_its_files(table: Path, tmp_path: Path) -> None:
+def test_labelme_files_hold_each_instance(table: Path, tmp_path: Path) -> None:
     folder = exported(table, "labelme", tmp_path / "labelme")
     document = json.loads((folder / "a" / "2.json").read_text())
     assert [shape["label"] for shape in document["shapes"]] == [
         row["category"] for row in rows_of(table) if row["image_key"].endswith("a/2.png")
     ]
     assert (document["imageHeight"], document["imageWidth"]) == SIZE
-    assert ImageSize(document["imageHeight"], document["imageWidth"]) == SIZE

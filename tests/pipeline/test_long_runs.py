@@ -29,7 +29,7 @@ DEATH_RATE = 0.002
 
 
 def run_of(hours: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Schedule, list[int]]:
-    """A schedule that has run for so long, and how many objects the process held in each of its last hours but one."""
+    """A schedule that has run for so long, and how many objects the process held at each of its hours."""
     clock, objects = SimulatedClock(), list[int]()
     monkeypatch.setattr(schedule, "time", clock)
     monkeypatch.setattr(workers, "time", clock)
@@ -53,7 +53,7 @@ def run_of(hours: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Schedule, lis
     return run, objects
 
 
-def test_an_hour_of_deaths_finishes_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_hours_of_deaths_finish_every_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_of(3, monkeypatch)
     assert run.result.done.images == 100 * run.result.done.shards
     assert not run.result.given_up
