@@ -11,18 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.resources import files
-from io import BytesIO
 from typing import Any
 
-import numpy as np
 import tyro
 from aiohttp import web
-from PIL import Image
 
 from jobs.command import run
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.originals import Picture, read_originals
-from pipeline.overlays import draw_rows
+from pipeline.overlays import as_jpeg, draw_rows
 from pipeline.results import open_results
 from pipeline.table_index import Filter, TableIndex, opened_index
 
@@ -66,20 +63,11 @@ class Pictures:
         pixels = self.original(image_key)
         if isinstance(pixels, DecodeError):
             raise pixels
-        return as_jpeg(draw_rows(pixels, self._index.instances(image_key)[:THUMBNAIL_INSTANCES]), THUMBNAIL_SIDE)
+        return as_jpeg(draw_rows(pixels, self._index.instances(image_key)[:THUMBNAIL_INSTANCES]), side=THUMBNAIL_SIDE)
 
 
 def _original(image_key: str) -> Picture:
     return read_originals([image_key])[image_key]
-
-
-def as_jpeg(pixels: np.ndarray[Any, np.dtype[np.uint8]], side: int) -> bytes:
-    """No larger than `side` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 CACHE = web.AppKey("cache", Pictures)
@@ -149,7 +137,7 @@ async def _picture(request: web.Request) -> web.Response:
     pixels = await asyncio.to_thread(request.app[CACHE].original, await _key(request))
     if isinstance(pixels, DecodeError):
         raise pixels
-    return web.Response(body=await asyncio.to_thread(as_jpeg, pixels, PICTURE_SIDE), content_type="image/jpeg")
+    return web.Response(body=await asyncio.to_thread(as_jpeg, pixels, side=PICTURE_SIDE), content_type="image/jpeg")
 
 
 async def _instances(request: web.Request) -> web.Response:

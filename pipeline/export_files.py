@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.export import ImageRows, Row, without_extension
 from pipeline.originals import read_originals
-from pipeline.overlays import draw_rows
+from pipeline.overlays import as_jpeg, draw_rows
 
 IMAGES_AT_ONCE = 16
 """Originals that are read together."""
@@ -114,9 +114,8 @@ def write_overlays(rows: Iterator[ImageRows], folder: str) -> Counter[str]:
             if isinstance(original, DecodeError):
                 counts["images that are gone"] += 1
                 continue
-            file = BytesIO()
-            Image.fromarray(draw_rows(original, instances)).save(file, "JPEG", quality=90)
-            storage.write_bytes(storage.join(folder, f"{image['file_name']}.jpg"), file.getvalue())
+            drawn = as_jpeg(draw_rows(original, instances))
+            storage.write_bytes(storage.join(folder, f"{image['file_name']}.jpg"), drawn)
             counts.update(images=1, instances=len(instances))
     return counts
 

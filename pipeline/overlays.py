@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,16 @@ def draw_rows(image: NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -> ND
             if row["mask_rle"] is not None
         ],
     )
+
+
+def as_jpeg(image: NDArray[np.uint8], *, side: int | None = None) -> bytes:
+    """A JPEG of it, scaled down where a side is longer than so many pixels."""
+    picture = Image.fromarray(image)
+    if side is not None:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 def instance_colour(rank: int) -> Colour:

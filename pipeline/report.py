@@ -10,7 +10,6 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
 from typing import Any
 from urllib.parse import quote
 
@@ -19,13 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pds
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline import storage
 from pipeline.drift import Drift, compare
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.originals import read_originals
-from pipeline.overlays import draw_rows
+from pipeline.overlays import as_jpeg, draw_rows
 from pipeline.results import Results
 from pipeline.run_statistics import SCORE_BINS, RunStatistics, Sample, number_bin, read_statistics
 from pipeline.summary import Summary
@@ -235,11 +233,8 @@ def _show(results: Results, samples: Sequence[Sample]) -> list[Shown]:
 def _picture(results: Results, sample: Sample, pixels: NDArray[np.uint8]) -> str:
     rows = results.instances().to_table(filter=pds.field("image_key") == sample.image_key).to_pylist()
     rows.sort(key=lambda row: row["instance_index"])
-    image = Image.fromarray(draw_rows(pixels, rows[:SHOWN_INSTANCES]))
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    file = BytesIO()
-    image.save(file, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    picture = as_jpeg(draw_rows(pixels, rows[:SHOWN_INSTANCES]), side=PICTURE_SIDE)
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
 # -------------------------------------------------------------------------------------------------------------- words
