@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as pds
-from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +14,8 @@ from rich.table import Table
 from jobs.command import run
 from jobs.segment import segment
 from jobs.segment_config import SegmentConfig
-from pipeline import decode
-from pipeline.archive import list_images, read_images
 from pipeline.errors import DecodeError
+from pipeline.originals import read_originals
 from pipeline.overlays import contact_sheet, draw_rows
 from pipeline.results import Results, open_results
 from pipeline.scenes import write_archive
@@ -59,7 +56,7 @@ def main(config: DemoConfig) -> None:
         print(f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.images_per_second:.1f} images/s")
     results = open_results(str(output))
     _print_categories(results)
-    overlays = _write_overlays(archive, results, folder / "overlays", config.num_overlays)
+    overlays = _write_overlays(results, folder / "overlays", config.num_overlays)
     print(f"overlays: {len(overlays)} images and a sheet of them in {folder / 'overlays'}")
     print(f'next: maskline sql {output} "SELECT category, count(*), avg(score) FROM instances GROUP BY 1"')
 
@@ -73,26 +70,21 @@ def _print_categories(results: Results) -> None:
     Console().print(table)
 
 
-def _write_overlays(archive: Path, results: Results, folder: Path, count: int) -> list[Path]:
-    """PNGs of the images with the most instances among a sample spread over the archive."""
+def _write_overlays(results: Results, folder: Path, count: int) -> list[Path]:
+    """PNGs of images spread over the archive, and a sheet of them."""
     folder.mkdir(exist_ok=True)
-    items = pa.Table.from_batches(list(list_images([str(archive)])))
-    spread = np.linspace(0, items.num_rows - 1, min(count, items.num_rows)).round().astype(int)
+    keys = sorted(results.images().to_table(columns=["image_key"])["image_key"].to_pylist())
+    spread = np.linspace(0, len(keys) - 1, min(count, len(keys))).round().astype(int).tolist()
     paths, pictures = [], []
-    for index, pixels in _read(items.take(spread)):
-        key = items["image_key"][int(spread[index])].as_py()
+    for index, (key, pixels) in enumerate(read_originals([keys[place] for place in spread]).items()):
+        if isinstance(pixels, DecodeError):
+            continue
         instances = results.instances().to_table(filter=pds.field("image_key") == key).to_pylist()
         pictures.append(draw_rows(pixels, instances[:SHOWN_INSTANCES]))
         paths.append(folder / f"{index:02d}.png")
         Image.fromarray(pictures[-1]).save(paths[-1])
     Image.fromarray(contact_sheet(pictures, columns=4)).save(folder / "sheet.png")
     return paths
-
-
-def _read(items: pa.Table) -> list[tuple[int, NDArray[np.uint8]]]:
-    limits = decode.DecodeLimits()
-    payloads = [(index, data) for index, data in read_images(items) if not isinstance(data, DecodeError)]
-    return [(index, decode.decode(data, decode.inspect(data, limits))) for index, data in payloads]
 
 
 if __name__ == "__main__":
