@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
-from jobs.command import run
-
-COMMANDS = {
-    "segment": ("jobs.segment", "SegmentConfig"),
-    "report": ("jobs.report", "ReportConfig"),
-    "view": ("jobs.view", "ViewConfig"),
-    "export": ("jobs.export", "ExportConfig"),
-    "sql": ("jobs.sql", "SqlConfig"),
-    "train": ("jobs.train", "TrainConfig"),
-    "evaluate": ("jobs.evaluate", "EvaluateConfig"),
-    "describe": ("jobs.describe", "DescribeConfig"),
-    "proposals": ("jobs.proposals", "ProposalsConfig"),
-    "draw": ("jobs.draw", "DrawConfig"),
-    "demo": ("jobs.demo", "DemoConfig"),
-    "benchmark": ("jobs.benchmark", "BenchmarkConfig"),
-}
-"""Name → module and the dataclass its options come from; imported when it is asked for, so that --help is quick."""
+from jobs.command import COMMANDS, run
 
 
 def main() -> None:
@@ -39,7 +24,9 @@ def _usage(arguments: list[str]) -> None:
     asked = bool(arguments) and arguments[0] in ("-h", "--help")
     stream = sys.stdout if asked else sys.stderr
     if arguments and not asked:
-        print(f"maskline: there is no command {arguments[0]!r}", file=stream)
+        close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        print(f"maskline: there is no command {arguments[0]!r}{hint}", file=stream)
     print("usage: maskline {" + ",".join(COMMANDS) + "} …; maskline COMMAND --help for its options", file=stream)
     sys.exit(0 if asked else 2)
 

@@ -6,7 +6,8 @@
     [optimiser]
     learning-rate = 1e-3                    # --optimiser.learning-rate 1e-3
 
-``--config FILE`` reads it, a path or a URI; ``--print-config`` prints the options of a command as such a file and ends.
+``--config FILE`` reads it, a path or a URI; ``--preset NAME`` reads one that comes with maskline, before any other;
+``--print-config`` prints the options of a command as such a file and ends.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import tyro
@@ -23,14 +25,19 @@ import tyro
 from pipeline import storage
 from pipeline.errors import ConfigError
 
+PRESETS = Path(__file__).with_name("presets")
+"""A folder for each command that has any."""
+
 
 def with_file(name: str, config_class: type, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command with those of its ``--config`` files before them.
+    """The arguments of a command with those of its ``--preset`` and ``--config`` files before them.
 
     Raises:
         ConfigError: a file is not there, is not TOML, or has an option that the command has not.
     """
-    paths, rest = _split(arguments)
+    presets, rest = _split("--preset", "a name: --preset cpu", arguments)
+    paths, rest = _split("--config", "a file: --config run.toml", rest)
+    paths = [_preset_path(name, preset) for preset in presets] + paths
     unnamed, named = list[str](), list[str]()
     for path in paths:
         values = _read(path)
@@ -44,19 +51,31 @@ def with_file(name: str, config_class: type, arguments: Sequence[str]) -> list[s
     return [*(rest[:at] or unnamed), *named, *rest[at:]]
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files of ``--config``, and the other arguments."""
-    paths, rest = list[str](), list[str]()
+def preset_names(name: str) -> list[str]:
+    """Those that a command has."""
+    return sorted(file.stem for file in PRESETS.glob(f"{name}/*.toml"))
+
+
+def _preset_path(name: str, preset: str) -> str:
+    known = preset_names(name)
+    if preset not in known:
+        raise ConfigError(f"maskline {name} has no preset {preset!r}; it has {', '.join(known) or 'none'}")
+    return str(PRESETS / name / f"{preset}.toml")
+
+
+def _split(wanted: str, example: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands behind each ``wanted``, and the other arguments."""
+    values, rest = list[str](), list[str]()
     following = iter(arguments)
     for argument in following:
-        option, equals, path = argument.partition("=")
-        if option != "--config":
+        option, equals, value = argument.partition("=")
+        if option != wanted:
             rest.append(argument)
             continue
-        paths.append(path if equals else next(following, ""))
-        if not paths[-1]:
-            raise ConfigError("--config needs a file: --config run.toml")
-    return paths, rest
+        values.append(value if equals else next(following, ""))
+        if not values[-1]:
+            raise ConfigError(f"{wanted} needs {example}")
+    return values, rest
 
 
 def as_toml(config: object) -> str:

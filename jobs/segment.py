@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 
+from jobs import logs
 from jobs.command import run
 from jobs.network_weights import load_weights, read_weights
 from jobs.segment_config import SegmentConfig, parse_actors
@@ -37,7 +38,7 @@ from pipeline.shards import Plan
 from pipeline.summary import Summary
 from pipeline.timeline import Timeline
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("jobs.segment")  # also where this file is the command itself
 
 SUSPECT_AFTER_ATTEMPTS = 2
 """A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
@@ -105,7 +106,7 @@ def _run_plan(
     attempts = commits.count_attempts(config.output)
     exclusive = storage.honours_create_exclusive(config.output)
     if not exclusive:
-        print(f"note: {config.output} does not honour create-only writes: the last writer wins", file=sys.stderr)
+        logger.warning("the last writer wins, for the store honours no create-only writes output=%s", config.output)
     metrics = RunMetrics(summary.run_id)
     schedule = Schedule(
         plan.shards(),
@@ -131,7 +132,7 @@ def _run_plan(
         is_suspect=lambda shard: attempts[shard.shard_id] >= SUSPECT_AFTER_ATTEMPTS,
         on_outcome=metrics.add,
     )
-    with _stop_on_signal() as stop, ProgressView(plan.num_images, plan.num_shards) as view:
+    with _stop_on_signal() as stop, _progress(config, plan) as view:
 
         def on_tick(tick: Tick) -> None:
             view(tick)
@@ -148,6 +149,10 @@ def _run_plan(
     if cluster.cluster_address(config.address) is not None:  # nobody scrapes a local one, which ends with the run
         metrics.settle()
     return result.done.timeline
+
+
+def _progress(config: SegmentConfig, plan: Plan) -> ProgressView:
+    return ProgressView(plan.num_images, plan.num_shards, bar=config.log == "text" and sys.stderr.isatty())
 
 
 def _report(config: SegmentConfig, summary: Summary) -> None:
@@ -174,7 +179,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
 def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
     if stop.is_set():
         raise KeyboardInterrupt
-    print(f"{signal.Signals(number).name}: finishing what is under way; once more to stop at once", file=sys.stderr)
+    logger.info("%s: finishing what is under way; once more to stop at once", signal.Signals(number).name)
     stop.set()
 
 
@@ -198,6 +203,8 @@ def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> 
 
 
 def _sentence(summary: Summary) -> str:
+    if not summary.images_planned:
+        return f"nothing to do: {summary.images_already_done} images have their rows → {summary.output}"
     return (
         f"{summary.images_ok} ok, {summary.images_failed} failed, {summary.instances} instances in"
         f" {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s) → {summary.output}"
@@ -212,19 +219,24 @@ def _status(summary: Summary) -> str:
 
 
 def _print_plan(plan: Plan, listing: Listing, config: SegmentConfig) -> None:
-    megabytes = plan.num_bytes / 1e6
-    print(
-        f"{plan.images_listed} images listed, {plan.images_done} already done, {plan.num_images} to do"
-        f" ({megabytes:.1f} MB) in {plan.num_shards} shards → {storage.public_uri(config.output)}",
-        file=sys.stderr,
+    logger.info(
+        "%d images listed, %d already done, %d to do (%.1f MB) in %d shards → %s",
+        plan.images_listed,
+        plan.images_done,
+        plan.num_images,
+        plan.num_bytes / 1e6,
+        plan.num_shards,
+        storage.public_uri(config.output),
     )
     if listing.skipped:
         kinds = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in listing.skipped.items())
-        print(f"skipped as not images: {kinds}", file=sys.stderr)
+        logger.info("skipped as not images: %s", kinds)
 
 
 def main(config: SegmentConfig) -> None:
     """The command: run, and say what came of it."""
+    if config.log == "json":
+        logs.as_json()
     try:
         summary = segment(config)
     except Exception as error:
@@ -237,12 +249,14 @@ def main(config: SegmentConfig) -> None:
     if config.json:
         print(json.dumps(asdict(summary)))
     if config.dry_run:
-        print("dry run: nothing was started", file=sys.stderr)
+        logger.info("dry run: nothing was started")
         return
     summary.raise_if_incomplete()
     if config.json:
         return
     print(_sentence(summary))
+    if not summary.images_planned:
+        return
     for reason, count in sorted(summary.failed_by_reason.items()):
         print(f"  failed, {reason}: {count}")
     if summary.report:

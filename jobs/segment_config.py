@@ -66,6 +66,8 @@ class SegmentConfig:
     """Show the plan and stop."""
     json: bool = False
     """Print one JSON object as the last line of standard output."""
+    log: Literal["text", "json"] = "text"
+    """Standard error: lines for people, or a JSON object for each event, finished shards among them."""
 
     def __post_init__(self) -> None:
         if not self.inputs:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from types import TracebackType
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from pipeline.schedule import Tick
 
+logger = logging.getLogger(__name__)
+
 LINE_SECONDS = 10.0
 
 
 class ProgressView:
-    """Shows ticks of a run on standard error; use it as a context."""
+    """Shows ticks of a run; use it as a context."""
 
-    def __init__(self, num_images: int, num_shards: int, stream: TextIO | None = None) -> None:
+    def __init__(self, num_images: int, num_shards: int, *, bar: bool, console: Console | None = None) -> None:
         self._num_images, self._num_shards = num_images, num_shards
-        self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if self._stream.isatty():
+        if bar:
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -32,7 +32,7 @@ class ProgressView:
                 TextColumn("{task.fields[rate]:.1f} images/s"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[failed]} failed"),
-                console=Console(file=self._stream),
+                console=console or Console(stderr=True),
             )
             self._task = self._bar.add_task("starting", total=num_images, rate=0.0, failed=0)
 
@@ -59,9 +59,8 @@ class ProgressView:
             self._last_line = now
             left = self._num_images - tick.images_done
             eta = f"{left / rate:.0f}s" if rate else "unknown"
-            self._stream.write(
-                f"images={tick.images_done}/{self._num_images} shards={tick.shards_done}/{self._num_shards}"
-                f" images_per_second={rate:.1f} eta={eta} failed={tick.images_failed}"
-                f" actors={tick.actors_up}/{tick.actors_asked}\n"
+            logger.info(
+                "images=%d/%d shards=%d/%d images_per_second=%.1f eta=%s failed=%d actors=%d/%d",
+                *(tick.images_done, self._num_images, tick.shards_done, self._num_shards, rate, eta),
+                *(tick.images_failed, tick.actors_up, tick.actors_asked),
             )
-            self._stream.flush()

@@ -51,6 +51,12 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 
+RUN_JOBS = (
+    "import faulthandler, runpy, signal; faulthandler.register(signal.SIGUSR1); "
+    "runpy.run_module('jobs', run_name='__main__', alter_sys=True)"
+)
+"""``python -m jobs``, which says on SIGUSR1 what each of its threads does."""
+
 
 def make_archive(folder: Path, num_images: int) -> list[Path]:
     """Folder, tar and zip to segment: a hundredth of the images is damaged in one of several ways."""
@@ -153,7 +159,7 @@ class World:
     def start_driver(self, output: str) -> subprocess.Popen[bytes]:
         """The command, as a user would repeat it."""
         command = [
-            *(sys.executable, "-m", "jobs", "segment", *map(str, self.inputs), "--output", output),
+            *(sys.executable, "-c", RUN_JOBS, "segment", *map(str, self.inputs), "--output", output),
             *("--weights", str(self.weights), "--images-per-shard", "50", "--actors", "1:3", "--cpus-per-actor", "1"),
             *("--score-threshold", "0.5", "--stall-timeout", str(STALL_SECONDS), "--address", self._cluster.address),
         ]
@@ -167,8 +173,12 @@ class World:
         return self.folder / f"{output.rsplit('/', 1)[-1]}.log"
 
     def tail(self, output: str) -> str:
-        """The end of what drivers of this table said."""
-        return self.log(output).read_text(errors="replace")[-3000:]
+        """The end of what drivers of this table said, and what those that run are doing."""
+        for driver in self.drivers:
+            if driver.poll() is None:
+                driver.send_signal(signal.SIGUSR1)
+        time.sleep(1.0)
+        return self.log(output).read_text(errors="replace")[-8000:]
 
     def end_of(self, driver: subprocess.Popen[bytes]) -> int:
         """Its exit status, once it has ended by itself."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import command
-from jobs.config_file import as_toml, positional_names, with_file
+from jobs.config_file import as_toml, positional_names, preset_names, with_file
 from jobs.segment_config import SegmentConfig
 from jobs.train_config import TrainConfig
 from pipeline.errors import ConfigError
@@ -105,3 +105,24 @@ def test_a_value_of_the_wrong_kind_exits_2(file: str, tmp_path: Path, capsys: py
         parsed("--config", file, "--config", str(tmp_path / "bad.toml"))
     assert ended.value.code == 2
     assert "high" in capsys.readouterr().err
+
+
+def test_a_preset_stands_before_files_and_options(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('output = "out"\nweights = "demo"\nbatch-size = 4\n')
+    given = ["photos/", "--config", str(tmp_path / "run.toml"), "--preset", "low-memory", "--images-per-shard", "7"]
+    config = parsed(*given)
+    assert (config.batch_size, config.cpus_per_actor, config.images_per_shard) == (4, 1, 7)
+
+
+@pytest.mark.parametrize("preset", preset_names("segment"))
+def test_presets_are_known_and_hold_only_options(preset: str) -> None:
+    assert parsed("photos/", "--output", "o", "--weights", "w", "--preset", preset) != parsed(
+        "photos/", "--output", "o", "--weights", "w"
+    )
+
+
+def test_a_preset_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match="no preset 'fast'; it has cpu, low-memory, throughput"):
+        with_file("segment", SegmentConfig, ["--preset", "fast"])
+    with pytest.raises(ConfigError, match="maskline train has no preset 'cpu'; it has none"):
+        with_file("train", TrainConfig, ["--preset=cpu"])
