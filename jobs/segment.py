@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import hashlib
 import json
@@ -44,6 +45,10 @@ SUSPECT_AFTER_ATTEMPTS = 2
 """A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
 
 
+STOP_SECONDS = 60.0
+"""A run asked to stop that is still there so long after its grace period hangs; it says where, and ends with 1."""
+
+
 def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | None = None) -> Summary:
     """Run it. ``load_segmenter`` takes the place of the weights' own model (benchmarks use it).
 
@@ -80,14 +85,15 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         load = load_segmenter or functools.partial(
             load_weights, weights, info.name, device, precision, config.batch_size
         )
-        timeline = _run_plan(config, plan, summary, metadata, load, device)
-    summary.seconds = time.monotonic() - started
-    storage.write_bytes(
-        storage.join(config.output, "_runs", f"{summary.run_id}.json"),
-        json.dumps(asdict(summary) | {"timeline": asdict(timeline)}, indent=1).encode(),
-    )
-    if config.report:
-        _report(config, summary)
+        with _stop_on_signal() as stop:
+            timeline = _run_plan(config, plan, summary, metadata, load, device, stop)
+            summary.seconds = time.monotonic() - started
+            storage.write_bytes(
+                storage.join(config.output, "_runs", f"{summary.run_id}.json"),
+                json.dumps(asdict(summary) | {"timeline": asdict(timeline)}, indent=1).encode(),
+            )
+            if config.report:
+                _report(config, summary)
     return summary
 
 
@@ -98,6 +104,7 @@ def _run_plan(
     metadata: TableMetadata,
     load_segmenter: Callable[[], Segmenter],
     device: Device,
+    stop: threading.Event,
 ) -> Timeline:
     cluster.connect(config.address)
     shape = cluster.actor_shape(device)
@@ -132,7 +139,7 @@ def _run_plan(
         is_suspect=lambda shard: attempts[shard.shard_id] >= SUSPECT_AFTER_ATTEMPTS,
         on_outcome=metrics.add,
     )
-    with _stop_on_signal() as stop, _progress(config, plan) as view:
+    with _progress(config, plan) as view:
 
         def on_tick(tick: Tick) -> None:
             view(tick)
@@ -172,6 +179,7 @@ def _stop_on_signal() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
+        faulthandler.cancel_dump_traceback_later()
         for number, old in before.items():
             signal.signal(number, old)
 
@@ -181,6 +189,7 @@ def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
         raise KeyboardInterrupt
     logger.info("%s: finishing what is under way; once more to stop at once", signal.Signals(number).name)
     stop.set()
+    faulthandler.dump_traceback_later(ScheduleConfig.grace_seconds + STOP_SECONDS, exit=True)
 
 
 def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> TableMetadata:

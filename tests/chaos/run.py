@@ -42,6 +42,8 @@ class Outcome:
     tables: int = 0
     wrong: list[str] = field(default_factory=list)
     """Tables, finished or not, that were not as the undisturbed one."""
+    hung: list[str] = field(default_factory=list)
+    """What drivers said that had to end themselves."""
 
 
 @dataclass(kw_only=True)
@@ -85,6 +87,8 @@ class Chaos:
                 for other in list(world.drivers):
                     world.end_of(other)
                 self._compare(output, whole=True)
+                _, hung, said = self.world.log(output).read_text(errors="replace").partition("Timeout (")
+                self.outcome.hung += [said[:8000]] if hung else []
                 self.say(f"{output} finished: {world.num_commits(output)} shards")
                 return
 
@@ -145,6 +149,8 @@ def main(num_faults: int, num_images: int = 5_000, seed: int = 0) -> int:
         _say(f"| {name} | {count} | {statuses} |")
     minutes = (time.monotonic() - began) / 60
     _say(f"\n{outcome.faults.total()} faults, {outcome.tables} tables of {num_images} images, {minutes:.0f} minutes")
+    for log in outcome.hung:
+        _say(f"\na driver hung after it was asked to stop:\n{log}")
     _say(f"not as the undisturbed table: {outcome.wrong or 'none'}")
     return 1 if outcome.wrong else 0
 

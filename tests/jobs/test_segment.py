@@ -179,6 +179,21 @@ def test_sigterm_ends_as_resumable_and_the_same_command_does_the_rest(
     assert open_results(str(tmp_path / "out")).images().count_rows() == 18
 
 
+def test_a_run_that_hangs_after_sigterm_says_where_and_ends() -> None:
+    script = (
+        "import os, signal, time\nfrom jobs import segment\n"
+        "segment.STOP_SECONDS = 0.5 - segment.ScheduleConfig.grace_seconds\n"
+        "with segment._stop_on_signal():\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
+    assert run.returncode == 1
+    assert 'File "<string>", line 6 in <module>' in run.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", script.replace("sleep(60)", "sleep(0)") + "time.sleep(1)"], check=False, timeout=50
+    )
+    assert ended.returncode == 0, "what ended in time is let go"
+
+
 def test_sql_answers_and_refuses_in_words(table: tuple[Path, dict[str, Any]]) -> None:
     run = maskline("sql", table[0], "SELECT status, count(*) AS n FROM images GROUP BY 1", "--json")
     assert last_json(run) == {"status": "ok", "n": 18}

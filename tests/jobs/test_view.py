@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 import threading
 import urllib.error
 import urllib.parse
@@ -28,7 +26,6 @@ from pipeline.table_index import Filter, opened_index
 from tests.pipeline.made_up_tables import SIZE, add_run, write_images
 
 TOKEN = "a-token"
-CHROMIUM = shutil.which("chromium") or os.environ.get("MASKLINE_CHROMIUM", "")
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +127,6 @@ def test_a_query_string_is_a_filter() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ Chromium
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    if not CHROMIUM:
-        pytest.skip("needs Chromium on the path, or named by MASKLINE_CHROMIUM")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
