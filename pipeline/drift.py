@@ -2,21 +2,25 @@
 
 Histograms of both runs enter. Each pair is compared by the population stability index, PSI = Σ (q − p) ln(q / p) over
 its bins, which bankers take for a change worth looking at from 0.1 and for a large one from 0.25. Between samples of n
-and m images of the same source it is not zero but about (bins − 1)(1/n + 1/m), as chi-squared is; what chance explains
-is not called drift. Instances of one image are not independent, so n and m are images, also for scores.
+and m images of the same source it is not zero; how large it gets is seen by drawing many such pairs, and what chance
+explains is not called drift. Instances of one image are not independent, so n and m are images, also for scores.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 NOTABLE_PSI = 0.1
 LARGE_PSI = 0.25
-DEVIATIONS = 4.0
-"""Of chance, above its mean: one in some ten thousand comparisons."""
+DRAWS = 10_000
+"""Pairs of samples that chance is judged by."""
+BY_CHANCE = 0.9998
+"""Share of them that is not called drift: of five comparisons a night one is wrong in a thousand nights."""
 MIN_IMAGES = 30
 """Of either run; with fewer nothing can be said."""
 
@@ -82,23 +86,34 @@ def compare(
         return Drift(previous_run=previous_run, changes=(), too_few=True)
     changes = []
     for name, histogram in after.items():
-        psi, bins = stability_index(before[name].counts, histogram.counts)
-        chance = _most_by_chance(bins, images)
+        psi = stability_index(before[name].counts, histogram.counts)
+        chance = most_by_chance(before[name].counts, histogram.counts, images)
         changes.append(Change(name=name, psi=psi, chance=chance, before=before[name].typical, after=histogram.typical))
     return Drift(previous_run=previous_run, changes=tuple(changes))
 
 
-def stability_index(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[float, int]:
-    """PSI and the number of bins it is over. Half a count is added to each bin, so that an empty one is no infinity."""
-    bins = sorted(set(before) | set(after))
-    totals = [sum(counts.values()) + 0.5 * len(bins) for counts in (before, after)]
-    psi = 0.0
-    for name in bins:
-        p, q = ((counts.get(name, 0) + 0.5) / total for counts, total in zip((before, after), totals, strict=True))
-        psi += (q - p) * math.log(q / p)
-    return psi, len(bins)
+def stability_index(before: Mapping[str, int], after: Mapping[str, int]) -> float:
+    """PSI."""
+    return float(_stability_index(*_aligned(before, after)))
 
 
-def _most_by_chance(bins: int, images: tuple[int, int]) -> float:
-    freedom, scale = max(0, bins - 1), 1 / images[0] + 1 / images[1]
-    return (freedom + DEVIATIONS * math.sqrt(2 * freedom)) * scale
+def most_by_chance(before: Mapping[str, int], after: Mapping[str, int], images: tuple[int, int]) -> float:
+    """The PSI that so many images of one source, that of both runs together, hardly ever have."""
+    together = _aligned(before, after).sum(0)
+    if not together.sum():
+        return 0.0
+    chance = np.random.default_rng(0)
+    drawn = [chance.multinomial(number, together / together.sum(), DRAWS) for number in images]
+    return float(np.quantile(_stability_index(*drawn), BY_CHANCE))
+
+
+def _aligned(before: Mapping[str, int], after: Mapping[str, int]) -> NDArray[np.int64]:
+    """(2, B): both over the bins of either."""
+    bins = sorted({*before, *after})
+    return np.array([[counts.get(name, 0) for name in bins] for counts in (before, after)], np.int64)
+
+
+def _stability_index(before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of counts (…, B). Half a count is added to each bin, so that an empty one is no infinity."""
+    p, q = ((counts + 0.5) / (counts + 0.5).sum(-1, keepdims=True) for counts in (before, after))
+    return np.asarray(((q - p) * np.log(q / p)).sum(-1))

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class JobServer:
     url: str
     metrics: str
     """What Prometheus scrapes."""
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     """With the token; no other cluster is named in it."""
 
     def job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ class JobServer:
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=300,
         )
 
     def command(self, verb: str, *arguments: str) -> list[str]:

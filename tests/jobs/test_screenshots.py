@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import pytest
 
+from pipeline import storage, uris
 from pipeline.report import run_ids
 from tests.jobs.test_segment import maskline
+from tests.pipeline.s3_server import running_server
 
 pytestmark = pytest.mark.slow
 
@@ -27,21 +29,31 @@ LOOKS: dict[str, tuple[Literal["light", "dark"], int, int]] = {
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two nights: scenes, then as many more and a file that is no image."""
-    folder = tmp_path_factory.mktemp("screenshots")
-    output = folder / "results"
-    for night in (1, 2):
-        archive = folder / "photos" / f"night-{night}"
-        maskline("draw", archive, "--num-images", 36, "--seed", night)
-        if night == 2:
-            (archive / "cut.jpg").write_bytes(next(archive.rglob("*.jpg")).read_bytes()[:500])
-        run = maskline(
-            *("segment", folder / "photos", "--output", output, "--weights", "demo", "--images-per-shard", 9),
-            *("--price-per-hour", 2.5),
-        )
-        assert run.returncode == 0, run.stderr
-    return output
+def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Two nights, in a store: scenes, then as many more and a file that is no image."""
+    with pytest.MonkeyPatch.context() as patch, running_server() as server:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", server)
+        uris.forget_clients()
+        store = uris.resolve("s3://photographs")[0]
+        for bucket in ("photographs", "results"):
+            store.mkdir(bucket)
+        for night in (26, 27):
+            drawn = tmp_path_factory.mktemp("night") / "scenes"
+            maskline("draw", drawn, "--num-images", 36, "--seed", night)
+            for file in drawn.rglob("*.jpg"):
+                storage.write_bytes(f"s3://photographs/2026-11-{night}/{file.name}", file.read_bytes())
+            if night == 27:
+                storage.write_bytes("s3://photographs/2026-11-27/cut.jpg", file.read_bytes()[:500])
+            run = maskline(
+                *("segment", "s3://photographs/", "--output", "s3://results/scenes", "--weights", "demo"),
+                *("--images-per-shard", 9, "--price-per-hour", 2.5),
+            )
+            assert run.returncode == 0, run.stderr
+        yield "s3://results/scenes"
+        uris.forget_clients()
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +64,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(table: Path) -> Iterator[str]:
+def address(table: str) -> Iterator[str]:
     server = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "view", str(table), "--no-browser"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "jobs", "view", table, "--no-browser"], stdout=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
     yield server.stdout.readline().strip()
@@ -76,14 +88,16 @@ def opened(browser: Any, look: str, address: str) -> Any:
 def looks_right(page: Any, look: str) -> None:
     """Nothing sticks out, every picture is there, and the ground is light or dark as asked."""
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    seen = "[...document.images].filter(image => image.src && image.getBoundingClientRect().top < window.innerHeight)"
+    page.wait_for_function(f"{seen}.every(image => image.complete && image.naturalWidth > 0)", timeout=20_000)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)")
     assert (sum(ground[:3]) < 200) == (look == "dark")
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_the_page_of_a_run_looks_right(browser: Any, table: Path, pictures: Path, look: str) -> None:
-    page = opened(browser, look, f"file://{table}/_runs/{run_ids(str(table))[-1]}.html")
+def test_the_page_of_a_run_looks_right(browser: Any, table: str, pictures: Path, tmp_path: Path, look: str) -> None:
+    (tmp_path / "run.html").write_bytes(storage.read_bytes(f"{table}/_runs/{run_ids(table)[-1]}.html"))
+    page = opened(browser, look, f"file://{tmp_path}/run.html")
     looks_right(page, look)
     page.screenshot(path=pictures / f"report-{look}.jpg", type="jpeg", quality=80)
     if look == "light":
@@ -102,5 +116,6 @@ def test_the_browser_of_a_table_looks_right(browser: Any, address: str, pictures
     page.click("figure >> nth=0")
     page.wait_for_selector("#canvas[data-drawn]")
     looks_right(page, look)
-    page.screenshot(path=pictures / f"view-large-{look}.jpg", type="jpeg", quality=80)
+    if look == "dark":
+        page.screenshot(path=pictures / "view-large-dark.jpg", type="jpeg", quality=80)
     page.close()
