@@ -86,7 +86,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             load_weights, weights, info.name, device, precision, config.batch_size
         )
         with _stop_on_signal() as stop:
-            timeline = _run_plan(config, plan, summary, metadata, load, device, stop)
+            timeline, metrics = _run_plan(config, plan, summary, metadata, load, device, stop)
             summary.seconds = time.monotonic() - started
             storage.write_bytes(
                 storage.join(config.output, "_runs", f"{summary.run_id}.json"),
@@ -94,6 +94,8 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             )
             if config.report:
                 _report(config, summary)
+            if cluster.cluster_address(config.address) is not None:  # nobody scrapes a local one
+                metrics.settle()
     return summary
 
 
@@ -105,7 +107,7 @@ def _run_plan(
     load_segmenter: Callable[[], Segmenter],
     device: Device,
     stop: threading.Event,
-) -> Timeline:
+) -> tuple[Timeline, RunMetrics]:
     cluster.connect(config.address)
     shape = cluster.actor_shape(device)
     bounds = parse_actors(config.actors) or (1, max(1, shape.room))
@@ -153,9 +155,7 @@ def _run_plan(
             f"an actor committed shard {shard_id}, but {config.output} as seen here has no such commit: "
             "give --output a path that all nodes share, or a URI"
         )
-    if cluster.cluster_address(config.address) is not None:  # nobody scrapes a local one, which ends with the run
-        metrics.settle()
-    return result.done.timeline
+    return result.done.timeline, metrics
 
 
 def _progress(config: SegmentConfig, plan: Plan) -> ProgressView:

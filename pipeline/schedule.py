@@ -27,6 +27,10 @@ from pipeline.workers import Returned, Task, Worker, WorkerPool
 logger = logging.getLogger(__name__)
 
 
+WAIT_SECONDS = 60.0
+"""For the first actors, after which it is said what is waited for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How shards are spread over actors."""
@@ -113,6 +117,7 @@ class Schedule:
         self._is_suspect, self._on_outcome = is_suspect, on_outcome
         self._started: float | None = None
         """When the first shard was handed out."""
+        self._complains_at = time.monotonic() + WAIT_SECONDS
 
     def run(self, on_tick: Callable[[Tick], None], stop: threading.Event) -> ScheduleResult:
         """Run until every shard has its commit or is given up.
@@ -163,6 +168,7 @@ class Schedule:
         up = self._pool.up
         if self._started is None:
             if len(up) < min(self._config.min_actors, len(self._pool.workers)):
+                self._complain_of_waiting()
                 return
             self._started = time.monotonic()
         for depth in range(self._config.shards_in_flight):  # one each before anyone has two
@@ -172,6 +178,16 @@ class Schedule:
                     if task is not None:
                         attempt = Attempt(attempt_id=uuid.uuid4().hex[:12], urgency=task.urgency, suspect=task.suspect)
                         worker.call(task, attempt)
+
+    def _complain_of_waiting(self) -> None:
+        if time.monotonic() < self._complains_at:
+            return
+        self._complains_at += 10 * WAIT_SECONDS
+        logger.warning(
+            "no shard is handed out yet, for actors are not up actors=%d of=%d cpus_each=%g gpus_each=%g: the cluster"
+            " starts nodes, or has no room, which `ray status` tells; --actors and --cpus-per-actor ask for less",
+            *(len(self._pool.up), self._config.min_actors, self._config.cpus_per_actor, self._config.gpus_per_actor),
+        )
 
     def _next_for(self, worker: Worker) -> Task | None:
         for _ in range(len(self._returned)):

@@ -14,7 +14,7 @@ import pytest
 import ray
 from PIL import Image
 
-from pipeline import cluster, commits
+from pipeline import cluster, commits, schedule
 from pipeline.archive import list_images
 from pipeline.decode import decode
 from pipeline.errors import ConfigError, PipelineError
@@ -63,6 +63,7 @@ def run(
     actors: int = 1,
     images_per_shard: int = 4,
     stall_timeout_seconds: float = 600.0,
+    cpus_per_actor: float = 0.5,
 ) -> ScheduleResult:
     plan = Plan(
         list_images([str(archive)]),
@@ -88,7 +89,7 @@ def run(
         ScheduleConfig(
             min_actors=actors,  # whichever a test picks has shards
             max_actors=actors,
-            cpus_per_actor=0.5,
+            cpus_per_actor=cpus_per_actor,
             grace_seconds=10,
             stall_timeout_seconds=stall_timeout_seconds,
         ),
@@ -212,6 +213,22 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_at_once(archive: Path, tmp_p
     with pytest.raises(PipelineError, match="these weights are broken"):
         run(archive, tmp_path / "out", load=load_broken)
     assert time.monotonic() - started < 30
+
+
+def test_a_cluster_without_room_is_complained_of(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(schedule, "WAIT_SECONDS", 0.5)
+    stop = threading.Event()
+    result = run(
+        archive,
+        tmp_path / "out",
+        cpus_per_actor=4096,
+        on_tick=lambda _: stop.set() if "no shard is handed out yet" in caplog.text else None,
+        stop=stop,
+    )
+    assert result.stopped
+    assert "actors=0 of=1 cpus_each=4096" in caplog.text
 
 
 def test_stopping_hands_out_nothing_more_and_the_next_run_does_the_rest(archive: Path, tmp_path: Path) -> None:
