@@ -8,14 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import pyarrow.parquet as pq
 import tyro
 
 from jobs.command import run
-from pipeline import storage
 from pipeline.coco import read_coco
 from pipeline.errors import ConfigError
-from pipeline.export import annotated, images_with_instances, named, write_coco, write_coco_results, write_parquet
+from pipeline.export import (
+    annotated,
+    file_metadata,
+    images_with_instances,
+    named,
+    write_coco,
+    write_coco_results,
+    write_parquet,
+)
 from pipeline.export_files import write_labelme, write_masks, write_overlays, write_yolo
 from pipeline.results import Results, open_results
 
@@ -82,14 +88,7 @@ def categories_of(results: Results) -> dict[int, str]:
         ConfigError: two networks give one id to different classes.
     """
     found: dict[int, str] = {}
-    seen: set[str] = set()
-    filesystem, root = storage.resolve(results.output)
-    for commit in results.commits:
-        if commit.weights_sha256 in seen:
-            continue
-        seen.add(commit.weights_sha256)
-        path = next(file.path for file in commit.files if file.table == "images")
-        metadata = pq.read_schema(f"{root.rstrip('/')}/{path}", filesystem=filesystem).metadata
+    for metadata in file_metadata(results):
         for index, name in json.loads(metadata[b"maskline.categories"]).items():
             if found.setdefault(int(index), name) != name:
                 raise ConfigError(

@@ -32,7 +32,8 @@ from pipeline.uris import local_path
 
 MEMORY_LIMIT = "1GB"
 """Of DuckDB while it sorts; what needs more goes to a folder of its own."""
-ROWS_AT_ONCE = 8_192
+ROWS_AT_ONCE = 2_048
+"""As Python objects: a thousand of them with long run lengths take a hundred megabytes."""
 
 Row = dict[str, Any]
 
@@ -251,9 +252,27 @@ def as_annotation(instance: Row, image_id: int, annotation_id: int) -> Row:
 # ------------------------------------------------------------------------------------------------------------ Parquet
 
 
+def file_metadata(results: Results) -> Iterator[dict[bytes, bytes]]:
+    """The key-value metadata of one file for each of the weights and settings that rows of the table were made with."""
+    seen: set[tuple[str, str]] = set()
+    filesystem, root = storage.resolve(results.output)
+    for commit in results.commits:
+        if (made_with := (commit.weights_sha256, commit.settings_hash)) not in seen:
+            seen.add(made_with)
+            path = next(file.path for file in commit.files if file.table == "images")
+            metadata = pq.read_schema(f"{root.rstrip('/')}/{path}", filesystem=filesystem).metadata
+            yield {key: value for key, value in metadata.items() if key.startswith(b"maskline.")}
+
+
 def write_parquet(results: Results, folder: str, *, where: str | None = None) -> Counter[str]:
-    """Committed rows as ``images.parquet`` and ``instances.parquet``, which Hugging Face, pandas and Spark read."""
+    """Committed rows as ``images.parquet`` and ``instances.parquet``, which Hugging Face, pandas and Spark read.
+
+    Their metadata is what all files of the table say alike: weights, classes, settings, conventions.
+    """
     counts: Counter[str] = Counter()
+    shared = (
+        dict(set.intersection(*(set(found.items()) for found in file_metadata(results)))) if results.commits else {}
+    )
     tables: list[tuple[Literal["images", "instances"], Any]] = [
         ("images", results.images()),
         ("instances", results.instances()),
@@ -263,7 +282,7 @@ def write_parquet(results: Results, folder: str, *, where: str | None = None) ->
         with duckdb.connect() as connection, _aside(storage.join(folder, f"{name}.parquet")) as path:
             connection.register(name, dataset)
             columns = ", ".join(SCHEMAS[name].names)
-            schema = pa.schema([pa.field(field.name, field.type) for field in SCHEMAS[name]])
+            schema = pa.schema([pa.field(field.name, field.type) for field in SCHEMAS[name]], metadata=shared)
             with pq.ParquetWriter(path, schema, compression="zstd") as writer:
                 try:
                     reader = connection.sql(f"SELECT {columns} FROM {name} {condition}").to_arrow_reader(65_536)

@@ -206,6 +206,13 @@ def test_parquet_is_the_committed_rows(table: Path, tmp_path: Path) -> None:
         plain = pq.read_table(folder / f"{name}.parquet")
         assert plain.to_pylist() == dataset.to_table(columns=plain.column_names).to_pylist()
     assert pq.read_table(folder / "images.parquet").num_rows == len(NAMES)
+    (original,) = {
+        tuple(sorted(pq.read_schema(file).metadata.items())) for file in (table / "instances").rglob("*.parquet")
+    }
+    kept = pq.read_schema(folder / "instances.parquet").metadata
+    assert {name: kept[name] for name, _ in original if name.startswith(b"maskline.")} == {
+        name: value for name, value in original if name.startswith(b"maskline.")
+    }
 
 
 def test_what_cannot_be_is_refused(table: Path, tmp_path: Path) -> None:
