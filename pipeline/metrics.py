@@ -32,6 +32,8 @@ class RunMetrics:
         self._storage_retries = _counter("storage_retries", "Storage calls of actors tried again.", tags)
         self._actors = Gauge("maskline_actors", "Actors that are up.", tag_keys=("run",))
         self._actors.set_default_tags(tags)
+        self._queued = Gauge("maskline_queued_bytes", "Decoded pixels that wait for the models.", tag_keys=("run",))
+        self._queued.set_default_tags(tags)
         self._counted_retries = 0
         self._last = 0.0
         """When something was counted."""
@@ -64,6 +66,7 @@ class RunMetrics:
     def tick(self, tick: Tick) -> None:
         """What is known between shards."""
         self._actors.set(tick.actors_up)
+        self._queued.set(tick.queued_bytes)
         _add(self._retries, tick.retries - self._counted_retries)
         self._counted_retries = tick.retries
 

@@ -69,6 +69,8 @@ class Tick:
     actors_asked: int
     retries: int = 0
     """Of shards, so far."""
+    queued_bytes: int = 0
+    """Decoded pixels before the models, in all actors."""
 
 
 @dataclass(kw_only=True)
@@ -267,4 +269,5 @@ class Schedule:
             actors_up=len(self._pool.up),
             actors_asked=len(workers),
             retries=self.result.num_retries,
+            queued_bytes=sum(worker.progress.queued_bytes for worker in workers),
         )

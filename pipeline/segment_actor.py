@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -24,7 +25,7 @@ from pipeline.batching import DecodedImage, batches
 from pipeline.commits import Commit
 from pipeline.decode import ImageHeader
 from pipeline.errors import DecodeError
-from pipeline.isolated_decoder import Decode, IsolatedDecoder
+from pipeline.isolated_decoder import IsolatedDecoder
 from pipeline.model_thread import ModelThread, Segmenter
 from pipeline.ordered_reads import on_pool
 from pipeline.results import ShardRows
@@ -43,6 +44,16 @@ T = TypeVar("T")
 Payloads = Iterator[tuple[int, bytes | DecodeError]]
 
 
+@dataclass(eq=False)
+class Work:
+    """One attempt under way."""
+
+    rows: ShardRows
+    stages: StageSeconds = field(default_factory=StageSeconds)
+    queued_bytes: int = 0
+    """Pixels that are decoded and not yet through the model."""
+
+
 class SegmentActor:
     """Holds a model and segments shards. A plain class: Ray wraps it in ``pipeline/workers.py``."""
 
@@ -50,7 +61,8 @@ class SegmentActor:
         self.config = config
         self._load_segmenter = load_segmenter
         self._decoders = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
-        self._progress = ActorProgress()
+        self._images_under_way = self._images_total = 0
+        self._works: list[Work] = []
         self._lock = threading.Lock()
 
     def ready(self) -> int:
@@ -60,7 +72,12 @@ class SegmentActor:
 
     def progress(self) -> ActorProgress:
         """How far it is."""
-        return self._progress
+        with self._lock:
+            return ActorProgress(
+                images_under_way=self._images_under_way,
+                images_total=self._images_total,
+                queued_bytes=sum(work.queued_bytes for work in self._works),
+            )
 
     def segment(self, shard: Shard, attempt: Attempt) -> ShardOutcome:
         """Segment one shard and commit its rows.
@@ -90,13 +107,15 @@ class SegmentActor:
             suspect=attempt.suspect,
         )
         rows = ShardRows(shard.items, shard.shard_id, self.config.run_id)
-        stages = StageSeconds()
+        work = Work(rows)
+        self._works.append(work)
         try:
-            self._fill(rows, attempt, stages)
+            self._fill(work, attempt)
             commit_started = time.perf_counter()
             outcome = self._publish(rows, shard, attempt)
-            stages.commit = time.perf_counter() - commit_started
+            work.stages.commit = time.perf_counter() - commit_started
         finally:
+            self._works.remove(work)
             self._count(-len(rows.images), made=0)
         return ShardOutcome(
             shard_id=shard.shard_id,
@@ -105,16 +124,17 @@ class SegmentActor:
             failed_by_reason=rows.failed_by_reason(),
             instances=rows.num_instances,
             seconds=time.perf_counter() - started,
-            stages=stages,
+            stages=work.stages,
             use=self._model.use(),
         )
 
-    def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
+    def _fill(self, work: Work, attempt: Attempt) -> None:
         """Give every item of the shard its row."""
         config, segmenter = self.config, self._model.segmenter
+        rows, stages = work.rows, work.stages
         fetched = read_images(rows.items, limits=config.archive_limits, threads=config.fetch_threads)
         payloads = _timed(fetched, stages, "fetch")
-        decoded = self._decode_isolated(payloads, rows) if attempt.suspect else self._decode(payloads, rows)
+        decoded = self._decode_isolated(payloads, work) if attempt.suspect else self._decode(payloads, work)
         batched = batches(
             _timed(decoded, stages, "decode"),
             batch_size=1 if attempt.suspect else segmenter.batch_size,
@@ -126,15 +146,15 @@ class SegmentActor:
             pixels, sizes = [image.pixels for image in batch], [image.size for image in batch]
             in_flight.append((batch, self._model.submit(attempt.urgency, pixels, sizes)))
             if len(in_flight) > BATCHES_IN_FLIGHT:
-                self._collect(*in_flight.popleft(), rows, stages)
+                self._collect(*in_flight.popleft(), work)
         while in_flight:
-            self._collect(*in_flight.popleft(), rows, stages)
+            self._collect(*in_flight.popleft(), work)
         stages.decode -= stages.fetch  # which it waited for in its turn
 
-    def _decode(self, payloads: Payloads, rows: ShardRows) -> Iterator[DecodedImage]:
+    def _decode(self, payloads: Payloads, work: Work) -> Iterator[DecodedImage]:
         """Decode on threads, in order, in a window bounded by the bytes of its pixels. Bad images become rows here."""
         decoded = on_pool(
-            self._decode_calls(payloads, rows),
+            self._decode_calls(payloads, work),
             self._decoders,
             2 * self._model.segmenter.batch_size + 2 * IMAGES_PER_TASK * self.config.decode_threads,
             self.config.max_decoded_bytes,
@@ -144,10 +164,10 @@ class SegmentActor:
             if isinstance(image, DecodedImage):
                 yield image
             else:
-                self._add_failed(rows, *image)
+                self._add_failed(work.rows, *image)
 
     def _decode_calls(
-        self, payloads: Payloads, rows: ShardRows
+        self, payloads: Payloads, work: Work
     ) -> Iterator[tuple[int, Callable[[], DecodedImage | tuple[int, DecodeError, int]]]]:
         """What is to be decoded, with the bytes of its pixels, known from its header."""
         for index, data in payloads:
@@ -156,11 +176,27 @@ class SegmentActor:
                     raise data
                 header = self._shrunk(decode.inspect(data, self.config.decode_limits))
             except DecodeError as error:
-                self._add_failed(rows, index, error, data)
+                self._add_failed(work.rows, index, error, data)
             else:
-                yield _decoded_bytes(header), partial(_decode_one, self.config.decode, index, data, header)
+                yield _decoded_bytes(header), partial(self._decode_one, work, index, data, header)
 
-    def _decode_isolated(self, payloads: Payloads, rows: ShardRows) -> Iterator[DecodedImage]:
+    def _decode_one(
+        self, work: Work, index: int, data: bytes, header: ImageHeader
+    ) -> DecodedImage | tuple[int, DecodeError, int]:
+        try:
+            pixels = self.config.decode(data, header)
+        except DecodeError as error:
+            return index, error, len(data)
+        self._queue(work, pixels.nbytes)
+        return DecodedImage(
+            index=index,
+            pixels=pixels,
+            size=header.oriented_size,
+            orientation=header.orientation,
+            num_bytes=len(data),
+        )
+
+    def _decode_isolated(self, payloads: Payloads, work: Work) -> Iterator[DecodedImage]:
         """Decode one image at a time in a child process."""
         config = self.config
         with IsolatedDecoder(
@@ -176,8 +212,9 @@ class SegmentActor:
                         size, shrink = header.oriented_size, header.shrink
                     pixels, orientation = child.decode(data, shrink)
                 except DecodeError as error:
-                    self._add_failed(rows, index, error, data)
+                    self._add_failed(work.rows, index, error, data)
                 else:
+                    self._queue(work, pixels.nbytes)
                     yield DecodedImage(
                         index=index,
                         pixels=pixels,
@@ -192,13 +229,12 @@ class SegmentActor:
             return header
         return decode.shrunk(header, self._model.segmenter.padded_size(header.oriented_size))
 
-    def _collect(
-        self, batch: list[DecodedImage], future: Future[list[Detections]], rows: ShardRows, stages: StageSeconds
-    ) -> None:
+    def _collect(self, batch: list[DecodedImage], future: Future[list[Detections]], work: Work) -> None:
         waited = time.perf_counter()
         for image, detections in zip(batch, future.result(), strict=True):
-            rows.add_ok(image.index, image.size, image.orientation, image.num_bytes, detections)
-        stages.model += time.perf_counter() - waited
+            work.rows.add_ok(image.index, image.size, image.orientation, image.num_bytes, detections)
+            self._queue(work, -image.pixels.nbytes)
+        work.stages.model += time.perf_counter() - waited
         self._count(len(batch), made=len(batch))
 
     def _add_failed(self, rows: ShardRows, index: int, error: DecodeError, data: bytes | DecodeError | int) -> None:
@@ -230,31 +266,17 @@ class SegmentActor:
 
     def _count(self, under_way: int, *, made: int) -> None:
         with self._lock:
-            before = self._progress
-            self._progress = ActorProgress(
-                images_under_way=before.images_under_way + under_way, images_total=before.images_total + made
-            )
+            self._images_under_way += under_way
+            self._images_total += made
+
+    def _queue(self, work: Work, num_bytes: int) -> None:
+        with self._lock:
+            work.queued_bytes += num_bytes
 
 
 def _decoded_bytes(header: ImageHeader) -> int:
     height, width = header.decoded_size
     return 3 * height * width
-
-
-def _decode_one(
-    decode_image: Decode, index: int, data: bytes, header: ImageHeader
-) -> DecodedImage | tuple[int, DecodeError, int]:
-    try:
-        pixels = decode_image(data, header)
-    except DecodeError as error:
-        return index, error, len(data)
-    return DecodedImage(
-        index=index,
-        pixels=pixels,
-        size=header.oriented_size,
-        orientation=header.orientation,
-        num_bytes=len(data),
-    )
 
 
 def _timed(source: Iterator[T], stages: StageSeconds, stage: Literal["fetch", "decode"]) -> Iterator[T]:

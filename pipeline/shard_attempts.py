@@ -66,6 +66,8 @@ class ActorProgress:
     """Rows ready of shards that are not committed yet."""
     images_total: int = 0
     """Rows made since the actor began."""
+    queued_bytes: int = field(default=0, compare=False)
+    """Pixels that are decoded and wait for the model, or are in it; no sign of life, so not compared."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -226,5 +226,5 @@ def _take_progress(worker: Worker) -> None:
     except ray.exceptions.RayError:
         progress = ActorProgress()  # its calls will say what happened
     if progress != worker.progress:
-        worker.progress, worker.moved, worker.issued_again = progress, time.monotonic(), False
-    worker.progress_call = None
+        worker.moved, worker.issued_again = time.monotonic(), False
+    worker.progress, worker.progress_call = progress, None

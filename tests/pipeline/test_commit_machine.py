@@ -36,9 +36,9 @@ from pipeline import commits, results, storage
 from pipeline.commits import Commit
 from pipeline.errors import CommitError
 from pipeline.model_thread import Segmenter
-from pipeline.results import Results, ShardRows
-from pipeline.segment_actor import SegmentActor
-from pipeline.shard_attempts import ActorConfig, ActorUse, Attempt, StageSeconds
+from pipeline.results import Results
+from pipeline.segment_actor import SegmentActor, Work
+from pipeline.shard_attempts import ActorConfig, ActorUse, Attempt
 from pipeline.shards import Plan, Shard, ShardConfig
 from pipeline.summary import new_run_id
 from tests.pipeline.stepped_store import FAULTS, Clock, Dead, SteppedAttempt, SteppedStore
@@ -64,9 +64,9 @@ class MadeUpRows(SegmentActor):
 
     _model: Any = SimpleNamespace(use=ActorUse)
 
-    def _fill(self, rows: ShardRows, attempt: Attempt, stages: StageSeconds) -> None:
-        for index in range(rows.items.num_rows):
-            rows.add_ok(index, ImageSize(4, 6), 1, 5, make_detections(num_instances(attempt.attempt_id)))
+    def _fill(self, work: Work, attempt: Attempt) -> None:
+        for index in range(work.rows.items.num_rows):
+            work.rows.add_ok(index, ImageSize(4, 6), 1, 5, make_detections(num_instances(attempt.attempt_id)))
 
 
 def num_instances(attempt_id: str) -> int:

@@ -140,6 +140,13 @@ def test_every_image_gets_one_row(archive: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # tests/chaos kills and freezes them in every run of the tests
+def test_what_waits_for_the_model_is_told(archive: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    run(archive, tmp_path / "out", load=load_slow, on_tick=lambda tick: told.append(tick.queued_bytes))
+    assert 0 < max(told) <= NUM_IMAGES * 20 * 30 * 3
+    assert min(told) >= 0
+
+
 def test_a_killed_actor_is_replaced_and_nothing_is_lost_or_doubled(archive: Path, tmp_path: Path) -> None:
     result = run(archive, tmp_path / "out", load=load_slow, on_tick=signal_one_actor(signal.SIGKILL))
     assert result.num_actor_deaths == 1
