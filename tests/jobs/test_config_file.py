@@ -111,7 +111,7 @@ def test_a_preset_stands_before_files_and_options(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('output = "out"\nweights = "demo"\nbatch-size = 4\n')
     given = ["photos/", "--config", str(tmp_path / "run.toml"), "--preset", "low-memory", "--images-per-shard", "7"]
     config = parsed(*given)
-    assert (config.batch_size, config.cpus_per_actor, config.images_per_shard) == (4, 1, 7)
+    assert (config.batch_size, config.shrink_jpegs, config.images_per_shard) == (4, True, 7)
 
 
 @pytest.mark.parametrize("preset", preset_names("segment"))
