@@ -133,13 +133,15 @@ def _draw_labels(
     texts: Sequence[str],
     colours: Sequence[Colour],
 ) -> None:
-    """Best first; a label that would cover another one is left out."""
+    """Best first; a label that would cover another one, or more than there is to be seen in its box, is left out."""
     width, height = canvas
     font = ImageFont.load_default(size=float(np.clip(min(canvas) / 30, 10, 28)))
     taken: list[Rectangle] = []
     for (x1, y1, x2, y2), text, colour in zip(boxes, texts, colours, strict=True):
         _, _, text_width, text_height = draw.textbbox((0, 0), text, font=font)
         w, h = text_width + 4, text_height + 3
+        if w * h > (x2 - x1) * (y2 - y1):
+            continue
         for left, top in ((x1, y1 - h), (x1, y1), (x2 - w, y1), (x1, y2), (x1, y2 - h)):
             x, y = min(max(left, 0), width - w), min(max(top, 0), height - h)
             place = (x, y, x + w, y + h)

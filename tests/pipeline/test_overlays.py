@@ -81,6 +81,19 @@ def test_a_hundred_detections_and_tiny_images_are_drawn() -> None:
     assert tiny.shape == (8, 9, 3)
 
 
+def test_a_label_is_left_out_where_it_would_hide_more_than_its_box_shows() -> None:
+    image = np.zeros((200, 200, 3), np.uint8)
+
+    def drawn(side: int) -> int:
+        boxes = np.array([[80, 80, 80 + side, 80 + side]], np.float32)
+        found = draw_overlay(image, boxes=boxes, labels=["nucleus"], scores=[0.9], masks=[])
+        found[80 : 80 + side, 80 : 80 + side] = 0
+        return int(found.any(axis=2).sum())
+
+    assert drawn(12) == 0
+    assert drawn(60) > 100
+
+
 def test_colours_of_a_scene_are_distinct() -> None:
     colours = [np.array(instance_colour(rank)) for rank in range(8)]
     assert min(np.abs(one - two).sum() for one, two in combinations(colours, 2)) > 60
