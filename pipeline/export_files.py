@@ -6,6 +6,7 @@ Polygons are traced by OpenCV, through the centres of border pixels as its tools
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -22,6 +23,7 @@ from pipeline.errors import ConfigError, DecodeError
 from pipeline.export import ImageRows, Row, without_extension
 from pipeline.originals import read_originals
 from pipeline.overlays import as_jpeg, draw_rows
+from pipeline.uris import local_path
 
 IMAGES_AT_ONCE = 16
 """Originals that are read together."""
@@ -54,9 +56,11 @@ def write_yolo(rows: Iterator[ImageRows], folder: str, categories: Mapping[int, 
 
 
 def write_labelme(rows: Iterator[ImageRows], folder: str) -> Counter[str]:
-    """LabelMe's JSON, a polygon for each part of an instance, which share its group."""
+    """LabelMe's JSON, a polygon for each part of an instance, which share its group. It leads to images that are files
+    here; others are looked for beside it."""
     counts: Counter[str] = Counter()
     for image, instances in rows:
+        place = storage.join(folder, f"{without_extension(image['file_name'])}.json")
         shapes = [
             {
                 "label": instance["category"],
@@ -73,15 +77,21 @@ def write_labelme(rows: Iterator[ImageRows], folder: str) -> Counter[str]:
             "version": "5.0.0",
             "flags": {},
             "shapes": shapes,
-            "imagePath": image["file_name"].rpartition("/")[2],
+            "imagePath": _path_from(place, image),
             "imageData": None,
             "imageHeight": image["height"],
             "imageWidth": image["width"],
         }
-        place = storage.join(folder, f"{without_extension(image['file_name'])}.json")
         storage.write_bytes(place, json.dumps(document).encode())
         counts.update(images=1, instances=len(instances))
     return counts
+
+
+def _path_from(place: str, image: Row) -> str:
+    label_file = local_path(place)
+    if label_file is None or not os.path.isfile(image["image_key"]):
+        return str(image["file_name"]).rpartition("/")[2]
+    return os.path.relpath(image["image_key"], os.path.dirname(os.path.abspath(label_file)))
 
 
 def write_masks(rows: Iterator[ImageRows], folder: str) -> Counter[str]:

@@ -260,3 +260,5 @@ def test_labelme_files_hold_each_instance(table: Path, tmp_path: Path) -> None:
         row["category"] for row in rows_of(table) if row["image_key"].endswith("a/2.png")
     ]
     assert (document["imageHeight"], document["imageWidth"]) == SIZE
+    (key,) = {row["image_key"] for row in rows_of(table) if row["image_key"].endswith("a/2.png")}
+    assert (folder / "a" / document["imagePath"]).resolve() == Path(key).resolve()
