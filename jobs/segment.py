@@ -38,6 +38,7 @@ from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan
 from pipeline.summary import Summary
 from pipeline.timeline import Timeline
+from pipeline.uris import refuse_credentials
 
 logger = logging.getLogger("jobs.segment")  # also where this file is the command itself
 
@@ -56,6 +57,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         ConfigError: the request is wrong; nothing was started.
     """
     started = time.monotonic()
+    refuse_credentials(config.output)
     config = replace(config, output=storage.public_uri(config.output))  # absolute: actors have folders of their own
     device = cluster.choose_device(config.device, config.address)
     precision = ("bf16" if device == "cuda" else "fp32") if config.precision == "auto" else config.precision

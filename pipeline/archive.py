@@ -37,7 +37,7 @@ from pipeline.parquet_archive import image_column, list_parquet, read_schema
 from pipeline.payloads import read_images
 from pipeline.storage import MISSING_VERSION, FileInfo
 from pipeline.tar_archive import list_tar
-from pipeline.uris import is_local, local_path, public_uri
+from pipeline.uris import is_local, local_path, public_uri, refuse_credentials
 from pipeline.zip_archive import list_zip
 
 __all__ = ["IMAGE_EXTENSIONS", "ITEM_SCHEMA", "ArchiveLimits", "Listing", "list_images", "read_images"]
@@ -100,6 +100,7 @@ def _counted(items: Iterable[Item], listing: Listing) -> Iterator[Item]:
 
 def _all_items(inputs: Sequence[str], shared: _Inputs) -> Iterator[Item]:
     for given in inputs:
+        refuse_credentials(given)
         uri = public_uri(given)
         found, skipped_before = False, shared.listing.skipped.copy()
         try:

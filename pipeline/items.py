@@ -33,7 +33,7 @@ ITEM_SCHEMA = pa.schema(
 ROWS_PER_BATCH = 65_536
 
 IMAGE_EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"]
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif"]
 )
 """What is taken for an image in a prefix, a tar or a zip, in any case. A file named explicitly is always taken."""
 

@@ -73,6 +73,15 @@ def public_uri(uri: str) -> str:
     return f"{scheme.lower()}://{rest}"
 
 
+def refuse_credentials(uri: str) -> None:
+    """
+    Raises:
+        ConfigError: the URI has a user and a password in it.
+    """
+    if local_path(uri) is None and _CREDENTIALS.match(uri.split("://", 1)[1]):
+        raise ConfigError(f"credentials in a URI end up in logs: {public_uri(uri)}; give them through the environment")
+
+
 def resolve(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI and the path in it, for libraries that want them. Its client retries a little."""
     return _locate(uri, client_retries=True)
@@ -94,8 +103,7 @@ def _locate(uri: str, *, client_retries: bool) -> tuple[Any, str]:
     if scheme not in EXTRAS:
         known = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "abfs", "memory"))
         raise ConfigError(f"no storage for {scheme}:// in {public_uri(uri)}; give a local path or one of {known}")
-    if _CREDENTIALS.match(rest):
-        raise ConfigError(f"credentials in a URI end up in logs: {public_uri(uri)}; give them through the environment")
+    refuse_credentials(uri)
     fs = _file_system(scheme, os.getpid(), client_retries)
     if scheme_of(uri) == "s3":
         return fs, rest.lstrip("/")  # fsspec would strip a trailing slash, which is part of a key

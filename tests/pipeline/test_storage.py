@@ -15,6 +15,7 @@ import pytest
 import stamina
 
 from pipeline import storage
+from pipeline.archive import list_images
 from pipeline.errors import ConfigError
 from pipeline.storage import FileInfo, join
 
@@ -166,6 +167,9 @@ def test_unknown_schemes_and_credentials_are_refused() -> None:
         storage.resolve("https://example.invalid/x.jpg")
     with pytest.raises(ConfigError, match="environment") as caught:
         storage.resolve("s3://key:hidden@bucket/x")
+    assert "hidden" not in str(caught.value)
+    with pytest.raises(ConfigError, match="credentials in a URI") as caught:
+        list(list_images(["memory://key:hidden@bucket/x"]))
     assert "hidden" not in str(caught.value)
 
 
