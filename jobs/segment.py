@@ -80,6 +80,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         if config.dry_run or plan.num_images == 0:
             summary.seconds = time.monotonic() - started
             return summary
+        logger.info("the model computes in %s on %s", precision, device)
         try:
             commits.create_table(config.output)
         except OSError as error:
@@ -87,6 +88,7 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
         load = load_segmenter or functools.partial(
             load_weights, weights, info.name, device, precision, config.batch_size
         )
+        cluster.connect(config.address)  # first: Ray puts handlers of its own in the place of ours
         with _stop_on_signal() as stop:
             timeline, metrics = _run_plan(config, plan, summary, metadata, load, device, stop)
             summary.seconds = time.monotonic() - started
@@ -110,7 +112,6 @@ def _run_plan(
     device: Device,
     stop: threading.Event,
 ) -> tuple[Timeline, RunMetrics]:
-    cluster.connect(config.address)
     shape = cluster.actor_shape(device)
     bounds = parse_actors(config.actors) or (1, max(1, shape.room))
     cpus = config.cpus_per_actor or shape.cpus_for(bounds[1])
