@@ -45,7 +45,6 @@ logger = logging.getLogger("jobs.segment")  # also where this file is the comman
 SUSPECT_AFTER_ATTEMPTS = 2
 """A shard that so many attempts of earlier runs began and none committed starts in suspect mode."""
 
-
 STOP_SECONDS = 60.0
 """A run asked to stop that is still there so long after its grace period hangs; it says where, and ends with 1."""
 

@@ -26,7 +26,6 @@ from pipeline.workers import Returned, Task, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-
 WAIT_SECONDS = 60.0
 """For the first actors, after which it is said what is waited for."""
 

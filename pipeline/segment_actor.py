@@ -108,14 +108,16 @@ class SegmentActor:
         )
         rows = ShardRows(shard.items, shard.shard_id, self.config.run_id)
         work = Work(rows)
-        self._works.append(work)
+        with self._lock:
+            self._works.append(work)
         try:
             self._fill(work, attempt)
             commit_started = time.perf_counter()
             outcome = self._publish(rows, shard, attempt)
             work.stages.commit = time.perf_counter() - commit_started
         finally:
-            self._works.remove(work)
+            with self._lock:
+                self._works.remove(work)
             self._count(-len(rows.images), made=0)
         return ShardOutcome(
             shard_id=shard.shard_id,
@@ -233,7 +235,7 @@ class SegmentActor:
         waited = time.perf_counter()
         for image, detections in zip(batch, future.result(), strict=True):
             work.rows.add_ok(image.index, image.size, image.orientation, image.num_bytes, detections)
-            self._queue(work, -image.pixels.nbytes)
+        self._queue(work, -sum(image.pixels.nbytes for image in batch))
         work.stages.model += time.perf_counter() - waited
         self._count(len(batch), made=len(batch))
 

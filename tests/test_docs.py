@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob(
 RUN = [page for page in PAGES if "```console" in page.read_text()]
 QUICK = ("archives", "weights")
 """Pages without a run, which every test run has time for."""
-GUESTS = ("duckdb", "pandas", "pyspark", "supervision", "fiftyone")
+GUESTS = ("pandas", "pyspark", "supervision", "fiftyone")
 """Packages that the snippets are about, beyond what maskline installs."""
 
 

@@ -345,14 +345,8 @@ def test_storage_calls_that_are_tried_again_are_told(
         s3_environment(proxy.endpoint)
         output = new_root("s3")
         proxy.faults = ["", "", "503", ""] * 20
-        options = (
-            "--output",
-            output,
-            "--weights",
-            weights,
-            "--no-report",
-            "--json",
-        )  # a report is made after the count
+        # without a report, which is made after the count
+        options = ("--output", output, "--weights", weights, "--no-report", "--json")
         found = last_json(maskline("segment", archive, *options))
         spent = 20 - proxy.faults.count("503")
     assert found["images_ok"] == 18
