@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import boxes as box_math
-from model.conv_norm import ConvNorm
+from model.conv_norm import ConvNorm, autocasts
 from model.fused_conv import fused_linear, linear_in_float32
 from model.nms import segment_nms
 from model.norm import Norm
@@ -46,7 +46,7 @@ class BoxHead(nn.Module):
         self.class_logits = nn.Linear(sizes[-1], num_classes)
         self.deltas = nn.Linear(sizes[-1], num_classes * 4)
         self.fused = False
-        """As of ConvNorm."""
+        """Whether what follows a product runs with it, as in a fused ConvNorm."""
 
     def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(region_features)  # (R, C, S, S)
@@ -56,7 +56,8 @@ class BoxHead(nn.Module):
                 assert fc.bias is not None
                 x = fused_linear(_cells_first(x), _cells_first(fc.weight), fc.bias)
             else:
-                x = fc(x if isinstance(fc, nn.Conv2d) else x.flatten(1)).relu_()
+                x = x if isinstance(fc, nn.Conv2d) else x.flatten(1)
+                x = fc(x if autocasts(x) else x.to(next(fc.parameters()).dtype)).relu_()
         x = x.flatten(1) if self.fcs else x.mean(dim=(2, 3))  # (R, width)
         if self.fused:
             class_logits, deltas = (

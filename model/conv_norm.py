@@ -6,17 +6,23 @@ Maps enter and leave.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fused_conv import fused_conv
 from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
+from model.winograd import pays, winograd_conv
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+class FusedConv(Protocol):
+    """A convolution, the sum with `plus` and the ReLU in one: `cudnn_conv` or `onednn_conv`."""
+
+    def __call__(self, conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor: ...
 
 
 class ConvNorm(nn.Module):
@@ -45,16 +51,23 @@ class ConvNorm(nn.Module):
         )
         self.norm = None if norm is None else norm(out_channels)
         self.relu = relu
-        self.fused = False
-        """Whether it runs as one operation, which wants CUDA, channels-last, no norm and no gradients."""
+        self.fused: FusedConv | None = None
+        """What runs it as one operation, which wants channels-last, no norm and no gradients."""
+        self.winograd: Tensor | None
+        self.register_buffer("winograd", None, persistent=False)
+        """The transformed weight, where many or large maps are to be convolved that way."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """`plus` is added before the ReLU: the shortcut of a block."""
-        if self.fused:
-            return fused_conv(self.conv, x, plus, relu=self.relu)
+        if self.winograd is not None and plus is None and pays(x.shape):
+            assert self.conv.bias is not None
+            return winograd_conv(x, self.winograd, self.conv.bias, relu=self.relu)
+        if self.fused is not None:
+            return self.fused(self.conv, x, plus, relu=self.relu)
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
+        in_half = autocasts(x)
+        x = x if in_half else x.to(weight.dtype)
         # In half precision the roundings need not be torchvision's, and passes over the maps are saved.
-        in_half = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if isinstance(norm, FrozenNorm) and in_half:  # nothing of it is trained, so it goes into the weights
             scale, bias = norm.scale_and_shift()
             weight, norm = weight * scale[:, None, None, None], None
@@ -68,6 +81,11 @@ class ConvNorm(nn.Module):
         if plus is not None:
             x = x.add_(plus)
         return x.relu_() if self.relu else x
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast chooses the precision of what is computed of `x`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _shape(conv: nn.Conv2d) -> dict[str, Any]:

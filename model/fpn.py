@@ -36,14 +36,18 @@ class FPN(nn.Module):
             if self.fused:
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
-                lateral = self.lateral[index](features[index])
-                top_down = lateral.add_(_nearest(top_down, lateral.shape[-2:]))
+                top_down = _add_nearest(self.lateral[index](features[index]), top_down)
             levels.insert(0, self.output[index](top_down))
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)
 
 
-def _nearest(x: Tensor, size: torch.Size) -> Tensor:
-    """(N, C, *size) in the dtype of `x`, which autocast would make float32."""
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, size=size, mode="nearest")
+def _add_nearest(lateral: Tensor, coarser: Tensor) -> Tensor:
+    """`lateral` with the nearest cell of the coarser map added to each of its own, in its dtype."""
+    num_images, channels, height, width = coarser.shape
+    if lateral.shape[-2:] == (2 * height, 2 * width):  # so of every padded input: each cell is added to four
+        cells = lateral.permute(0, 2, 3, 1)
+        cells.view(num_images, height, 2, width, 2, channels).add_(coarser.permute(0, 2, 3, 1)[:, :, None, :, None])
+        return lateral
+    with nullcontext() if lateral.is_meta else torch.autocast(lateral.device.type, enabled=False):  # it would widen
+        return lateral.add_(F.interpolate(coarser, size=lateral.shape[-2:], mode="nearest"))

@@ -1,4 +1,4 @@
-"""Convolutions and linear layers with what follows them in one kernel: what CUDA runs at inference.
+"""Convolutions and linear layers with what follows them in one kernel: what runs at inference.
 
 Maps enter and leave, channels-last. By themselves bias, sum and ReLU each read and write the whole map again.
 """
@@ -17,7 +17,14 @@ ALIGNED = 8
 """Outputs of a product in bfloat16 that tensor cores want a multiple of: 16 bytes."""
 
 
-def fused_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
+def can_fuse_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether this build and processor have oneDNN's convolutions in `dtype`."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cudnn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
     """``relu(conv(x) + plus)``, (N, C, H, W); the ReLU and the sum where asked for. No gradients.
 
     Without a ReLU `plus` may be smaller maps, whose nearest cells are taken.
@@ -34,11 +41,31 @@ def fused_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -
     return torch.cudnn_convolution_add_relu(x, conv.weight, plus, 1.0, conv.bias, *shape)
 
 
+def onednn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
+    """The same on a CPU, in the dtype of the weight, by what torch's compiler makes of these.
+
+    Nothing is rounded before it is added, and nor is a float32 bias but beside `plus`.
+    """
+    assert plus is None or conv.groups == 1  # there is no such operator in bfloat16
+    x, shape = x.to(conv.weight.dtype), (conv.padding, conv.stride, conv.dilation, conv.groups)
+    operator = torch.ops.mkldnn._convolution_pointwise
+    if plus is None:
+        y: Tensor = operator(x, conv.weight, conv.bias, *shape, "relu" if relu else "none", [], "")
+        return y
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    y = operator.binary(x, plus.to(x.dtype), conv.weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
+    return y
+
+
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``relu(x weight^T + bias)``, (R, K) of x (R, C): cuDNN adds both to a 1×1 convolution, torch to no product."""
+    """``relu(x weight^T + bias)``, (R, K) of x (R, C), as a 1×1 convolution, which both are added to as one."""
     if len(x) == 0:
         return x.new_zeros(0, len(weight))
     column = x[None, :, None].permute(0, 3, 1, 2)  # (1, C, R, 1), channels-last
+    if x.device.type == "cpu":
+        operator = torch.ops.mkldnn._convolution_pointwise
+        y: Tensor = operator(column, weight[..., None, None], bias, (0, 0), (1, 1), (1, 1), 1, "relu", [], "")
+        return y[0, :, :, 0].t()
     y = torch.cudnn_convolution_relu(column, weight[..., None, None], bias, (1, 1), (0, 0), (1, 1), 1)
     return y[0, :, :, 0].t()
 
@@ -89,6 +116,9 @@ def pointwise_in_float32(convs: Sequence[nn.Conv2d], x: Tensor) -> list[Tensor]:
     """(N, H, W, K) float32 of each 1×1 convolution, in one product."""
     weight = torch.cat([conv.weight.flatten(1) for conv in convs])  # (ΣK, C)
     bias = torch.cat([conv.bias for conv in convs if conv.bias is not None])
+    if x.device.type == "cpu":  # where that is the faster product of so few outputs
+        sums = F.conv2d(x, weight[..., None, None], bias).permute(0, 2, 3, 1)
+        return list(torch.split(sums, [conv.out_channels for conv in convs], dim=-1))
     cells = x.permute(0, 2, 3, 1)  # (N, H, W, C)
     sums = linear_in_float32(cells.flatten(0, 2), weight, bias).view(*cells.shape[:3], len(weight))  # (N, H, W, ΣK)
     return list(torch.split(sums, [conv.out_channels for conv in convs], dim=-1))

@@ -63,7 +63,7 @@ class MaskHead(nn.Module):
         self.upsample = nn.ConvTranspose2d(widths[-1], channels, kernel_size=2, stride=2)
         self.mask_logits = ClassLogits(channels, 1 if classes == "agnostic" else num_classes)
         self.fused = False
-        """As of ConvNorm."""
+        """Whether what follows a product runs with it, as in a fused ConvNorm."""
 
     def forward(self, region_features: Tensor, labels: Tensor) -> Tensor:
         """(R, M, M) the logit of each cell's belonging to the region's own class."""

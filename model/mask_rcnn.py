@@ -299,8 +299,8 @@ class MaskRCNN:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _laid_out(self, pixels: Tensor) -> Tensor:
-        """In the dtype and memory format the body runs in, which those of all that follows are taken from."""
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        """In the dtype and memory format the body begins in."""
+        dtype = self.running.body.stem.conv.weight.dtype
         return pixels.to(dtype, memory_format=torch.contiguous_format if self.exact else torch.channels_last)
 
     def _resized_size(self, size: ImageSize) -> ImageSize:

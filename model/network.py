@@ -16,13 +16,16 @@ from model.box_head import BoxHead, first_layer_as_convolution
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm, folded
 from model.fpn import FPN
+from model.fused_conv import can_fuse_on_cpu, cudnn_conv, onednn_conv
 from model.kernels import run_kernels_on
 from model.keypoint_head import KeypointHead
 from model.mask_head import MaskHead, MLPMaskHead
 from model.norm import Norm, norm_of
 from model.recipe import Recipe
 from model.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
+from model.rounding import to_bfloat16
 from model.rpn import RPNHead
+from model.winograd import can_transform, transformed
 
 Precision = Literal["fp32", "bf16"]
 """Of the convolutions and linear layers."""
@@ -135,8 +138,8 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     """The copy of `network` that runs.
 
     Exact, what boxes and scores come from is computed in the order torchvision computes it, on a CPU to the last bit.
-    Otherwise norms are folded, everything is channels-last, and in bf16 all but the box head's outputs is bfloat16:
-    scores and boxes hang on them. The mask head is never exact; a mask's threshold is not that sharp.
+    Otherwise norms are folded, everything is channels-last, and in bf16 all is bfloat16 but for some layers that boxes
+    and scores hang on. The mask head is never exact; a mask's threshold is not that sharp.
     """
     _check_run(device, precision, exact=exact)
     running = copy.deepcopy(network).float().eval()
@@ -146,19 +149,58 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
         first_layer_as_convolution(running.box_head)
         running = _channels_last(folded(running))
     if precision == "bf16":
-        outputs = copy.deepcopy((running.box_head.class_logits, running.box_head.deltas))
-        running.to(torch.bfloat16)
-        running.box_head.class_logits, running.box_head.deltas = outputs
+        _round(running, device)
+    if device.type == "cpu" and not exact:
+        _fuse_on_cpu(running)
     if run_kernels_on(device) and not exact:
-        _fuse(running)
+        _fuse_on_cuda(running)
     return running.requires_grad_(False).to(device)
 
 
-def _fuse(network: Network) -> None:
+def _round(network: Network, device: torch.device) -> None:
+    """To bfloat16, but for the box head's outputs and, on a CPU, what costs little there in float32.
+
+    That is the stem, whose roundings each later layer inherits, the box head's small layer, and the RPN, which Winograd
+    makes as fast.
+    """
+    head = network.box_head
+    precise: list[nn.Module] = [head.class_logits, head.deltas]
+    if device.type == "cpu":
+        precise += [network.body.stem, *head.fcs[1:]]
+        if network.rpn is not None and not _has_bf16_tiles():
+            precise.append(network.rpn)
+    kept = {id(parameter) for part in precise for parameter in part.parameters()}
+    if device.type == "cpu" and can_fuse_on_cpu(torch.bfloat16):
+        kept |= {id(part.conv.bias) for part in network.modules() if isinstance(part, ConvNorm)}
+    for parameter in network.parameters():
+        if id(parameter) not in kept:
+            rounded = to_bfloat16(parameter.data)
+            parameter.data = rounded.contiguous(memory_format=torch.channels_last) if rounded.dim() == 4 else rounded
+
+
+def _has_bf16_tiles() -> bool:
+    """Whether products in bfloat16 are many times as fast as float32's, as on processors with AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _fuse_on_cpu(network: Network) -> None:
+    """Let convolutions without a norm run as one operation with what follows, in float32 by Winograd where it pays."""
+    for part in network.modules():
+        if isinstance(part, ConvNorm) and part.norm is None:
+            part.fused = onednn_conv if can_fuse_on_cpu(part.conv.weight.dtype) else None
+            if part.conv.weight.dtype == torch.float32 and can_transform(part.conv):
+                part.winograd = transformed(part.conv.weight)
+        elif isinstance(part, RPNHead):
+            part.fused = part.objectness.weight.dtype == torch.float32
+        elif isinstance(part, MaskHead):
+            part.fused = can_fuse_on_cpu(part.upsample.weight.dtype)
+
+
+def _fuse_on_cuda(network: Network) -> None:
     """Let what has no norm of its own left run as one operation with what follows it."""
     for part in network.modules():
         if isinstance(part, ConvNorm):
-            part.fused = part.norm is None
+            part.fused = cudnn_conv if part.norm is None else None
         elif isinstance(part, BasicBlock | Bottleneck):
             _move_shortcut_bias(part)
         elif isinstance(part, ResNet):

@@ -135,7 +135,7 @@ class ResNet(nn.Module):
         self.out_channels = architecture.out_channels[:num_stages]
         """Of C2 and on."""
         self.fused = False
-        """As of ConvNorm."""
+        """Whether what follows a product runs with it, as in a fused ConvNorm."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if self.fused and images.shape[2] % 2 == images.shape[3] % 2 == 0:

@@ -31,7 +31,7 @@ class RPNHead(nn.Module):
         self.objectness = nn.Conv2d(in_channels, anchors_per_cell, kernel_size=1)
         self.deltas = nn.Conv2d(in_channels, anchors_per_cell * 4, kernel_size=1)
         self.fused = False
-        """As of ConvNorm."""
+        """Whether what follows a product runs with it, as in a fused ConvNorm."""
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(level)

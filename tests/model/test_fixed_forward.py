@@ -19,7 +19,7 @@ from tests.model.test_mask_rcnn import _between
 pytest.importorskip("triton")
 
 from model.fixed_forward import FixedInputs, detect_fixed
-from model.network import _fuse, ready_to_run
+from model.network import Network, _fuse_on_cuda, ready_to_run
 from model.raw_detections import MaskTexts, RawDetections, encode
 from model.rle import area
 
@@ -34,6 +34,13 @@ def net() -> MaskRCNN:
     return model.random_network(config, seed=1, recipe=recipe, image=drawn_image(90, 120))
 
 
+def _folded(network: Network) -> Network:
+    """What runs on a CPU, each part by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.network._fuse_on_cpu", lambda _: None)
+        return ready_to_run(network, torch.device("cpu"), "fp32", exact=False)
+
+
 def test_fused_parts_are_their_parts(net: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":  # cuDNN's operators, written out
         monkeypatch.setattr(
@@ -44,9 +51,9 @@ def test_fused_parts_are_their_parts(net: MaskRCNN, monkeypatch: pytest.MonkeyPa
             "cudnn_convolution_add_relu",
             lambda x, weight, plus, _, bias, *shape: (F.conv2d(x, weight, bias, *shape) + plus).relu(),
         )
-    plain = ready_to_run(net.network, torch.device("cpu"), "fp32", exact=False)
+    plain = _folded(net.network)
     fused = copy.deepcopy(plain)
-    _fuse(fused)
+    _fuse_on_cuda(fused)
     plain, fused = plain.to(DEVICE), fused.to(DEVICE)
     pixels = torch.randn(2, 3, 64, 96, device=DEVICE).to(memory_format=torch.channels_last)
     regions = torch.randn(5, net.config.fpn_channels, 7, 7, device=DEVICE).to(memory_format=torch.channels_last)

@@ -35,3 +35,13 @@ def test_upsampling_repeats_the_nearest_and_p6_takes_every_other() -> None:
     assert torch.equal(p5, c5)
     assert p4[0, 0].tolist() == [[float(y // 2 * 3 + x // 2) for x in range(6)] for y in range(4)]
     assert p6[0, 0].tolist() == [[0.0, 2.0]]
+
+
+@torch.inference_mode()
+def test_a_level_of_any_size_gets_the_nearest_cells() -> None:
+    fpn = FPN((1, 1), 1, norm=None)
+    _pass_through(fpn)
+    c4, c5 = torch.zeros(2, 1, 5, 7), torch.rand(2, 1, 3, 4)
+    p4 = fpn([c4, c5])[0]
+    rows, columns = torch.arange(5) * 3 // 5, torch.arange(7) * 4 // 7
+    assert torch.equal(p4, c5[:, :, rows][..., columns])

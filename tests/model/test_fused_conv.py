@@ -1,4 +1,4 @@
-"""The forms that CUDA runs against the layers they stand for."""
+"""The fused forms against the layers they stand for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.fused_conv import fused_conv, fused_linear, fused_stem, linear_in_float32, stem_on_cells
+from model.fused_conv import (
+    cudnn_conv,
+    fused_linear,
+    fused_stem,
+    linear_in_float32,
+    onednn_conv,
+    pointwise_in_float32,
+    stem_on_cells,
+)
 
 CHANNELS_LAST = torch.channels_last
 
@@ -20,6 +28,61 @@ def test_the_stem_on_cells_is_the_stem(height: int, width: int) -> None:
     cells, weight = stem_on_cells(conv, images)
     found = F.conv2d(cells, weight, conv.bias, padding=2)[:, :, :-1, :-1]
     torch.testing.assert_close(found, conv(images))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("with_sum", [True, False])
+@pytest.mark.parametrize(("kernel_size", "stride", "groups"), [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_fused_convolution_on_the_cpu_is_its_parts(
+    relu: bool, with_sum: bool, kernel_size: int, stride: int, groups: int, dtype: torch.dtype
+) -> None:
+    if groups > 1 and with_sum:
+        pytest.skip("no network has that")
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 24, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups)
+    assert conv.bias is not None
+    conv.weight.data = conv.weight.to(dtype, memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 16, 9, 14).to(dtype).to(memory_format=CHANNELS_LAST)
+    expected = F.conv2d(
+        x.double(),
+        conv.weight.double(),
+        conv.bias.double(),
+        stride,
+        kernel_size // 2,
+        groups=groups,
+    )
+    plus = torch.randn_like(expected).to(dtype) if with_sum else None
+    expected = expected if plus is None else expected + plus
+    before = None if plus is None else plus.clone()
+    found = onednn_conv(conv, x, plus, relu=relu)
+    assert found.dtype == dtype
+    assert before is None or torch.equal(before, plus)  # type: ignore[arg-type]
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-3)  # one rounding, and that of a bias
+    torch.testing.assert_close(found.double(), expected.relu() if relu else expected, rtol=rtol, atol=atol)
+
+
+@torch.inference_mode()
+def test_a_fused_convolution_of_another_dtype_takes_that_of_its_weight() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, kernel_size=3, padding=1)
+    x = torch.randn(1, 4, 5, 5)
+    found = onednn_conv(conv, x.bfloat16(), None, relu=False)
+    torch.testing.assert_close(found, conv(x.bfloat16().float()), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_fused_linear_layers_on_the_cpu_are_their_parts() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(40, 24), torch.randn(33, 40)
+    found = fused_linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found, layer(x).relu(), rtol=1e-5, atol=1e-5)
+    assert fused_linear(x[:0], layer.weight, layer.bias).shape == (0, 24)
+    convs = [nn.Conv2d(16, 3, 1), nn.Conv2d(16, 12, 1)]
+    maps = torch.randn(2, 16, 5, 7)
+    for part, conv in zip(pointwise_in_float32(convs, maps), convs, strict=True):
+        torch.testing.assert_close(part.permute(0, 3, 1, 2), conv(maps), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -41,7 +104,7 @@ def test_a_fused_convolution_is_its_parts(
         expected = expected if plus is None else expected + plus
         # what a freed map leaves must not come through: cuDNN is given the output as a summand times zero
         torch.full_like(expected, float("nan"))
-        found = fused_conv(conv, x, plus, relu=relu)
+        found = cudnn_conv(conv, x, plus, relu=relu)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 2e-2)
     torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=rtol, atol=atol)
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from model import MaskRCNN
+from model import MaskRCNN, network
+from model.config import ModelConfig
+from model.conv_norm import ConvNorm
 from model.network import Precision, ready_to_run
+from model.random_weights import random_network
 
 CPU = torch.device("cpu")
 
@@ -43,11 +46,38 @@ def test_folding_keeps_every_part(small_net: MaskRCNN) -> None:
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 96).view(2, 3, 64, 96)
 
 
-def test_in_bf16_the_outputs_of_the_box_head_stay_float32(small_net: MaskRCNN) -> None:
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_in_bf16_what_boxes_hang_on_stays_float32(
+    small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
+) -> None:
+    """With AMX the RPN would cost more in float32 than all else."""
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
     running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
-    full = [name for name, value in running.named_parameters() if value.dtype == torch.float32]
-    assert full == [f"box_head.{layer}.{name}" for layer in ("class_logits", "deltas") for name in ("weight", "bias")]
+    full = {name for name, value in running.named_parameters() if value.dtype == torch.float32}
+    precise: tuple[str, ...] = ("body.stem.", "box_head.fcs.1.", "box_head.class_logits.", "box_head.deltas.", "rpn.")
+    precise = precise[: -1 if has_tiles else None]
+    biases = {f"{name}.conv.bias" for name, part in running.named_modules() if isinstance(part, ConvNorm)}
+    assert full == {name for name, _ in running.named_parameters() if name.startswith(precise)} | biases
     assert {value.dtype for value in small_net.running.parameters()} == {torch.float32}
+
+
+@torch.inference_mode()
+def test_without_onednn_bf16_is_the_same_within_rounding(small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = ready_to_run(small_net.network, CPU, "bf16", exact=False)
+    monkeypatch.setattr(network, "can_fuse_on_cpu", lambda _: False)
+    plain = ready_to_run(small_net.network, CPU, "bf16", exact=False)
+    assert not any(part.fused for part in plain.modules() if isinstance(part, ConvNorm))
+    for one, other in zip(fused.features(IMAGES), plain.features(IMAGES), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+def test_the_wide_convolutions_go_by_winograd_in_float32_alone() -> None:
+    config = ModelConfig(body="resnet18", num_classes=2)
+    wide = random_network(config).network
+    for precision, exact, expected in (("fp32", False, True), ("fp32", True, False), ("bf16", False, False)):
+        running = ready_to_run(wide, CPU, precision, exact=exact)  # type: ignore[arg-type]
+        assert running.fpn is not None
+        assert all((part.winograd is not None) is expected for part in running.fpn.output)
 
 
 def test_a_network_trained_in_float64_runs_in_float32(small_net: MaskRCNN) -> None:
