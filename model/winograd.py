@@ -111,7 +111,6 @@ class _Scratch:
 
     def __init__(self, num_tiles: int, columns: int, channels: int, outputs: int) -> None:
         line = columns * TILE * channels
-        self.channels = channels
         # Two lines and two cells are read behind the last ones.
         self.padded = torch.zeros(num_tiles // columns * TILE * line + 2 * line)
         self.columns_done = torch.zeros((num_tiles * POINTS * TILE + 2) * channels)
