@@ -172,10 +172,13 @@ def _round(network: Network, device: torch.device) -> None:
     kept = {id(parameter) for part in precise for parameter in part.parameters()}
     if device.type == "cpu" and can_fuse_on_cpu(torch.bfloat16):
         kept |= {id(part.conv.bias) for part in network.modules() if isinstance(part, ConvNorm)}
-    for parameter in network.parameters():
-        if id(parameter) not in kept:
-            rounded = to_bfloat16(parameter.data)
-            parameter.data = rounded.contiguous(memory_format=torch.channels_last) if rounded.dim() == 4 else rounded
+    for part in network.modules():
+        for parameter in part.parameters(recurse=False):
+            if id(parameter) in kept:
+                continue
+            is_kernel = isinstance(part, nn.Conv2d) and parameter is part.weight
+            rounded = to_bfloat16(parameter.data) if is_kernel else parameter.data.to(torch.bfloat16)
+            parameter.data = rounded.contiguous(memory_format=torch.channels_last) if is_kernel else rounded
 
 
 def _has_bf16_tiles() -> bool:

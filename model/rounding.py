@@ -12,9 +12,7 @@ from torch import Tensor
 
 
 def to_bfloat16(weight: Tensor) -> Tensor:
-    """(K, C, R, S) of a convolution, rounded so; any other parameter to the nearest."""
-    if weight.dim() != 4:
-        return weight.to(torch.bfloat16)
+    """(K, C, R, S) of a convolution, rounded so."""
     cells = weight.double().flatten(2).unbind(-1)  # R S of (K, C)
     left, rounded = torch.zeros_like(cells[0]), []
     for cell in cells:
