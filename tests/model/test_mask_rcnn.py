@@ -66,15 +66,21 @@ def test_agrees_with_torchvision_on_every_image(version: str, capsys: pytest.Cap
     count = int(os.environ.get("MASKLINE_PARITY_IMAGES", "100"))
     images = {path.name: read_image(path) for path in coco_paths()[:count]}
     theirs = torchvision_network(version, next(iter(images.values())))
-    ours = _loaded(theirs)
+    folded = _loaded(theirs)
+    exact = _changed(folded, config=folded.config, recipe=folded.recipe, exact=True)
     worst, outside = Difference(), {}
     for name, image in images.items():
         expected = predict(theirs, image)
         assert len(expected["labels"]) == 100, name
-        difference = compare(ours.predict([image])[0], expected)
+        difference = compare(exact.predict([image])[0], expected)
         worst = worst.worst(difference)
         if not difference.is_within():
             outside[name] = difference
+        # A corner that rounding takes over a whole pixel moves the pasted mask; boxes and scores have no such steps.
+        rounded = compare(folded.predict([image])[0], expected)
+        assert rounded.count + rounded.unmatched <= 3, name
+        assert rounded.box <= 0.01, name
+        assert rounded.score <= 1e-4, name
     with capsys.disabled():
         sys.stdout.write(f"\n{version}: {len(images)} images, {len(outside)} outside the tolerances, worst {worst}\n")
     assert not outside
