@@ -50,7 +50,7 @@ IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 96).view(2, 3, 64, 96)
 def test_in_bf16_what_boxes_hang_on_stays_float32(
     small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
 ) -> None:
-    """With AMX the RPN would cost more in float32 than all else."""
+    """The RPN only where bfloat16 is not many times as fast."""
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
     running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
     full = {name for name, value in running.named_parameters() if value.dtype == torch.float32}
@@ -71,13 +71,16 @@ def test_without_onednn_bf16_is_the_same_within_rounding(small_net: MaskRCNN, mo
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
 
 
-def test_the_wide_convolutions_go_by_winograd_in_float32_alone() -> None:
+def test_wide_convolutions_go_by_winograd_in_float32_alone() -> None:
     config = ModelConfig(body="resnet18", num_classes=2)
     wide = random_network(config).network
     for precision, exact, expected in (("fp32", False, True), ("fp32", True, False), ("bf16", False, False)):
         running = ready_to_run(wide, CPU, precision, exact=exact)  # type: ignore[arg-type]
         assert running.fpn is not None
         assert all((part.winograd is not None) is expected for part in running.fpn.output)
+        assert running.rpn is not None
+        in_full = running.rpn.objectness.weight.dtype == torch.float32  # in bf16 too, but with AMX
+        assert all((part.winograd is not None) is (in_full and not exact) for part in running.rpn.convs)
 
 
 def test_a_network_trained_in_float64_runs_in_float32(small_net: MaskRCNN) -> None:
