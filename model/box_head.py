@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import boxes as box_math
-from model.conv_norm import ConvNorm, autocasts
+from model.conv_norm import ConvNorm, to_layer
 from model.fused_conv import fused_linear, linear_in_float32
 from model.nms import segment_nms
 from model.norm import Norm
@@ -57,7 +57,7 @@ class BoxHead(nn.Module):
                 x = fused_linear(_cells_first(x), _cells_first(fc.weight), fc.bias)
             else:
                 x = x if isinstance(fc, nn.Conv2d) else x.flatten(1)
-                x = fc(x if autocasts(x) else x.to(next(fc.parameters()).dtype)).relu_()
+                x = fc(to_layer(x, fc)).relu_()
         x = x.flatten(1) if self.fcs else x.mean(dim=(2, 3))  # (R, width)
         if self.fused:
             class_logits, deltas = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
-from model.winograd import pays, winograd_conv
+from model.winograd import Winograd
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -53,20 +53,17 @@ class ConvNorm(nn.Module):
         self.relu = relu
         self.fused: FusedConv | None = None
         """What runs it as one operation, which wants channels-last, no norm and no gradients."""
-        self.winograd: Tensor | None
-        self.register_buffer("winograd", None, persistent=False)
-        """The transformed weight, where many or large maps are to be convolved that way."""
+        self.winograd: Winograd | None = None
+        """What convolves many or large maps, where that is the faster form."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """`plus` is added before the ReLU: the shortcut of a block."""
-        if self.winograd is not None and plus is None and pays(x.shape):
-            assert self.conv.bias is not None
-            return winograd_conv(x, self.winograd, self.conv.bias, relu=self.relu)
+        if self.winograd is not None and self.winograd.pays(x.shape):
+            return self.winograd(x, plus, relu=self.relu)
         if self.fused is not None:
             return self.fused(self.conv, x, plus, relu=self.relu)
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
-        in_half = autocasts(x)
-        x = x if in_half else x.to(weight.dtype)
+        in_half, x = autocasts(x), to_layer(x, self.conv)
         # In half precision the roundings need not be torchvision's, and passes over the maps are saved.
         if isinstance(norm, FrozenNorm) and in_half:  # nothing of it is trained, so it goes into the weights
             scale, bias = norm.scale_and_shift()
@@ -86,6 +83,11 @@ class ConvNorm(nn.Module):
 def autocasts(x: Tensor) -> bool:
     """Whether autocast chooses the precision of what is computed of `x`."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def to_layer(x: Tensor, layer: nn.Module) -> Tensor:
+    """`x` in the precision that `layer` computes in."""
+    return x if autocasts(x) else x.to(next(layer.parameters()).dtype)
 
 
 def _shape(conv: nn.Conv2d) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Maps enter and leave, channels-last. By themselves bias, sum and ReLU each read 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,19 +43,35 @@ def cudnn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -
 
 
 def onednn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
-    """The same on a CPU, in the dtype of the weight, by what torch's compiler makes of these.
+    """The same on a CPU, in the dtype of the weight, by what torch's compiler makes of these; `plus` is overwritten.
 
     Nothing is rounded before it is added, and nor is a float32 bias but beside `plus`.
     """
     assert plus is None or conv.groups == 1  # there is no such operator in bfloat16
     x, shape = x.to(conv.weight.dtype), (conv.padding, conv.stride, conv.dilation, conv.groups)
-    operator = torch.ops.mkldnn._convolution_pointwise
     if plus is None:
-        y: Tensor = operator(x, conv.weight, conv.bias, *shape, "relu" if relu else "none", [], "")
-        return y
+        return onednn(x, conv.weight, conv.bias, *shape, relu=relu)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    y = operator.binary(x, plus.to(x.dtype), conv.weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None)
-    return y
+    # Memory that was just read is the faster to write.
+    return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
+        plus.to(x.dtype), x, conv.weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None
+    )
+
+
+def onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Any = (0, 0),
+    stride: Any = (1, 1),
+    dilation: Any = (1, 1),
+    groups: int = 1,
+    *,
+    relu: bool,
+) -> Tensor:
+    """A convolution, bias in either dtype, and its ReLU, on a CPU; no gradients."""
+    shape, after = (padding, stride, dilation, groups), "relu" if relu else "none"
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, after, [], "")  # type: ignore[no-any-return]
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -62,11 +79,11 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if len(x) == 0:
         return x.new_zeros(0, len(weight))
     column = x[None, :, None].permute(0, 3, 1, 2)  # (1, C, R, 1), channels-last
+    kernel = weight[..., None, None]
     if x.device.type == "cpu":
-        operator = torch.ops.mkldnn._convolution_pointwise
-        y: Tensor = operator(column, weight[..., None, None], bias, (0, 0), (1, 1), (1, 1), 1, "relu", [], "")
-        return y[0, :, :, 0].t()
-    y = torch.cudnn_convolution_relu(column, weight[..., None, None], bias, (1, 1), (0, 0), (1, 1), 1)
+        y = onednn(column, kernel, bias, relu=True)
+    else:
+        y = torch.cudnn_convolution_relu(column, kernel, bias, (1, 1), (0, 0), (1, 1), 1)
     return y[0, :, :, 0].t()
 
 

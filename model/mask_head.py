@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.conv_norm import ConvNorm
+from model.conv_norm import ConvNorm, to_layer
 from model.fused_conv import fused_linear
 from model.norm import Norm
 
@@ -78,7 +78,7 @@ class MaskHead(nn.Module):
         return self._cell_logits(region_features, None).permute(0, 3, 1, 2)
 
     def _cell_logits(self, region_features: Tensor, labels: Tensor | None) -> Tensor:
-        x = self.convs(region_features).permute(0, 2, 3, 1)  # (R, S, S, C)
+        x = to_layer(self.convs(region_features), self.upsample).permute(0, 2, 3, 1)  # (R, S, S, C)
         num_regions, side, _, _ = x.shape
         # Stride equals kernel, so no outputs overlap: each cell makes four by a linear layer, and the
         # logits are taken before the four are moved to their places.
@@ -86,10 +86,8 @@ class MaskHead(nn.Module):
         weight = up.weight.permute(2, 3, 1, 0).reshape(4 * up.out_channels, up.in_channels)  # (2 2 C, C)
         assert up.bias is not None
         bias = up.bias.repeat(4)
-        if self.fused:
-            x = fused_linear(x.flatten(0, 2), weight, bias).view(*x.shape[:3], len(weight))  # (R, S, S, 2 2 C)
-        else:
-            x = nn.functional.linear(x, weight, bias).relu_()  # (R, S, S, 2 2 C)
+        x = x.flatten(0, 2)  # (R S S, C)
+        x = fused_linear(x, weight, bias) if self.fused else nn.functional.linear(x, weight, bias).relu_()
         logits: Tensor = self.mask_logits(
             x.reshape(num_regions, side * side * 4, up.out_channels), labels
         )  # (R, S S 2 2) or (R, S S 2 2, K)

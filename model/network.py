@@ -25,7 +25,7 @@ from model.recipe import Recipe
 from model.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
 from model.rounding import to_bfloat16
 from model.rpn import RPNHead
-from model.winograd import can_transform, transformed
+from model.winograd import COARSE_TILE, PRECISE_TILE, Winograd, beats_bfloat16, can_transform
 
 Precision = Literal["fp32", "bf16"]
 """Of the convolutions and linear layers."""
@@ -151,24 +151,25 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     if precision == "bf16":
         _round(running, device)
     if device.type == "cpu" and not exact:
-        _fuse_on_cpu(running)
+        _fuse_on_cpu(running, PRECISE_TILE if precision == "fp32" else COARSE_TILE)
     if run_kernels_on(device) and not exact:
         _fuse_on_cuda(running)
     return running.requires_grad_(False).to(device)
 
 
 def _round(network: Network, device: torch.device) -> None:
-    """To bfloat16, but for the box head's outputs and, on a CPU, what costs little there in float32.
+    """To bfloat16, but for the box head's outputs and, on a CPU, what costs little or nothing there in float32.
 
-    That is the stem, whose roundings each later layer inherits, the box head's small layer, and the RPN, which Winograd
-    makes as fast.
+    That is the stem, whose roundings each later layer inherits, the box head's small layer, and, but on processors with
+    tiles of bfloat16, the RPN and what Winograd makes faster.
     """
     head = network.box_head
     precise: list[nn.Module] = [head.class_logits, head.deltas]
     if device.type == "cpu":
         precise += [network.body.stem, *head.fcs[1:]]
-        if network.rpn is not None and not _has_bf16_tiles():
-            precise.append(network.rpn)
+        if not _has_bf16_tiles():
+            precise += _wide_on_large_maps(network)
+            precise += [] if network.rpn is None else [network.rpn]
     kept = {id(parameter) for part in precise for parameter in part.parameters()}
     if device.type == "cpu" and can_fuse_on_cpu(torch.bfloat16):
         kept |= {id(part.conv.bias) for part in network.modules() if isinstance(part, ConvNorm)}
@@ -181,18 +182,28 @@ def _round(network: Network, device: torch.device) -> None:
             parameter.data = rounded.contiguous(memory_format=torch.channels_last) if is_kernel else rounded
 
 
+def _wide_on_large_maps(network: Network) -> list[nn.Module]:
+    """Convolutions that are faster in float32 than in bfloat16: of P2 and P3, and of the regions by the hundred."""
+    heads = (network.mask_head, network.keypoint_head)
+    layers = [] if network.fpn is None else list(network.fpn.output[:2])
+    layers += [layer for head in heads if isinstance(head, MaskHead | KeypointHead) for layer in head.convs]
+    return [
+        layer for layer in layers if isinstance(layer, ConvNorm) and layer.norm is None and beats_bfloat16(layer.conv)
+    ]
+
+
 def _has_bf16_tiles() -> bool:
     """Whether products in bfloat16 are many times as fast as float32's, as on processors with AMX."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def _fuse_on_cpu(network: Network) -> None:
+def _fuse_on_cpu(network: Network, tile: int) -> None:
     """Let convolutions without a norm run as one operation with what follows, in float32 by Winograd where it pays."""
     for part in network.modules():
         if isinstance(part, ConvNorm) and part.norm is None:
             part.fused = onednn_conv if can_fuse_on_cpu(part.conv.weight.dtype) else None
             if part.conv.weight.dtype == torch.float32 and can_transform(part.conv):
-                part.winograd = transformed(part.conv.weight)
+                part.winograd = Winograd(part.conv, tile)
         elif isinstance(part, RPNHead):
             part.fused = part.objectness.weight.dtype == torch.float32
         elif isinstance(part, MaskHead):

@@ -1,55 +1,93 @@
-"""3×3 convolution at stride 1 by Winograd's F(4×4, 3×3) (Lavin & Gray 2015), in float32 on a CPU.
+"""3×3 convolution at stride 1 by Winograd's F(m×m, 3×3) (Lavin & Gray 2015), in float32 on a CPU.
 
-Maps enter and leave, channels-last. Four by four outputs cost 36 products of matrices where the plain sum takes 144;
-what is gained goes in part to the transforms before and after, which are matrix products too. Rounding is about four
-times the plain sum's: some 10⁻⁵ of the largest output.
+Maps enter and leave, channels-last. A tile of m × m outputs costs (m + 2)² products where the plain sum takes 9 m²;
+some of what is gained goes to the transforms before and after, which are products of small matrices. A larger tile is
+the faster and rounds more: outputs that spread by one are off by 4·10⁻⁶ (root mean square) with tiles of 6, by 2·10⁻⁵
+with those of 7, by 5·10⁻⁵ with those of 8.
 """
 
-# N images, C channels, K outputs; H × W a map, in tiles of 4 × 4.
+# N images, C channels, K outputs; H × W a map; m outputs of a tile along an axis, P = m + 2 points of it.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-TILE = 4
-"""Outputs of a tile along an axis."""
-POINTS = 6
-"""Inputs of a tile along an axis, and the points its polynomials are multiplied at: 0, ±1, ±2 and infinity."""
+from model.fused_conv import can_fuse_on_cpu, onednn
 
-CHANNELS = range(192, 385)
-"""Measured with 256; with 128 the transforms cost what they spare."""
-MIN_TILES = 100
+PRECISE_TILE, COARSE_TILE, POOLED_TILE = 6, 8, 7
+"""Outputs of a tile along an axis: for maps in float32, for those that bfloat16 has rounded, and for what heads pool,
+which a tile of 7 fits."""
+POOLED_SIDES = (7, 14)
+CHANNELS = range(96, 513)
+"""With fewer the transforms cost what the products spare."""
+WIDE = 192
+"""Channels from which it is faster than the plain sum in bfloat16, too, on a processor without tiles of that."""
+MIN_TILES = 20
 """Of a whole batch of maps: below, the products are too small."""
-MIN_FILLED = 0.7
-"""Share of the tiles' cells that must lie on the map."""
 BLOCK_TILES = 450
-"""Computed at once: enough for fast products, few enough that a block stays in the cache between the passes."""
+"""Computed at once: enough for fast products, few enough that what passes from one to the next stays in the cache."""
 
-_INPUT = torch.tensor(
-    [
-        [4.0, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ]
-)
-_KERNEL = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
-_OUTPUT = torch.tensor([[1.0, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+_POINTS = {
+    6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2),
+    7: (0, 1, -1, 1 / 2, -1 / 2, 4 / 3, -4 / 3, 3),
+    8: (0, 1, -1, 2, -2, 1 / 3, -1 / 3, 5 / 4, -5 / 4),
+}
+"""Of each tile, and infinity: of those tried the ones that round least."""
+_ONE = 1
+"""Which of them is 1, where a constant is one everywhere: what is added to its products is added to all outputs."""
+
+
+class Transforms(NamedTuple):
+    """Of F(m, 3) along an axis: ``of_outputs @ ((of_kernel @ kernel) * (of_inputs @ inputs))``, in float64."""
+
+    of_inputs: Tensor
+    """(P, P)"""
+    of_kernel: Tensor
+    """(P, 3)"""
+    of_outputs: Tensor
+    """(m, P)"""
+
+
+@functools.cache
+def transforms(tile: int) -> Transforms:
+    """By Toom and Cook: P values determine the product of two polynomials, and a filter is such a product turned about.
+
+    So what leads from values to coefficients comes first here, on the inputs.
+    """
+    finite = torch.tensor(_POINTS[tile], dtype=torch.float64)
+
+    def values(num_coefficients: int) -> Tensor:
+        at_infinity = torch.eye(num_coefficients, dtype=torch.float64)[-1:]
+        return torch.cat([finite[:, None] ** torch.arange(num_coefficients), at_infinity])  # (P, num_coefficients)
+
+    of_inputs = torch.linalg.inv(values(tile + 2)).T
+    # Divided by its leading coefficient, a row needs few bits where the points do: rounding it costs less.
+    leading = torch.cat([of_inputs[:-1, -2], of_inputs[-1:, -1]])[:, None]
+    return Transforms(of_inputs / leading, values(3) * leading, values(tile).T)
+
+
+@functools.lru_cache(maxsize=64)
+def _side_by_side(tile: int, count: int) -> tuple[Tensor, Tensor]:
+    """(L P, L m + 2) and (L m, L P) float32, what transforms inputs and outputs of L tiles in a row."""
+    of_inputs, _, of_outputs = transforms(tile)
+    points = tile + 2
+    before, after = torch.zeros(count * points, count * tile + 2), torch.zeros(count * tile, count * points)
+    for index in range(count):
+        here = slice(index * points, (index + 1) * points)
+        before[here, index * tile : index * tile + points] = of_inputs
+        after[index * tile : (index + 1) * tile, here] = of_outputs
+    return before, after
+
+
+def _along(side: int, tile: int) -> tuple[Tensor, Tensor]:
+    """(L P, side) and (side, L P), the same for an axis of a map, without what lies beside it."""
+    before, after = _side_by_side(tile, _tiles(side, tile))
+    return before[:, 1 : side + 1], after[:side]
 
 
 def can_transform(conv: nn.Conv2d) -> bool:
@@ -60,107 +98,164 @@ def can_transform(conv: nn.Conv2d) -> bool:
         and conv.groups == 1
         and conv.in_channels in CHANNELS
         and conv.out_channels in CHANNELS
+        and can_fuse_on_cpu(torch.float32)
         and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     )
 
 
-def pays(shape: torch.Size) -> bool:
-    """Whether maps (N, C, H, W) are so many and so large that it is the faster form."""
-    num_images, _, height, width = shape
-    tiles = num_images * _tiles(height) * _tiles(width)
-    return tiles >= MIN_TILES and num_images * height * width >= MIN_FILLED * tiles * TILE**2
+def beats_bfloat16(conv: nn.Conv2d) -> bool:
+    """Whether it may be the faster form of `conv` even beside bfloat16's plain sum."""
+    return can_transform(conv) and min(conv.in_channels, conv.out_channels) >= WIDE
 
 
-def transformed(weight: Tensor) -> Tensor:
-    """(6, 6, C, K) float32 of (K, C, 3, 3)."""
-    in_double = torch.einsum("ip,jq,kcpq->ijck", _KERNEL, _KERNEL, weight.detach().double())
-    return in_double.float().contiguous()
+class Winograd:
+    """A 3×3 convolution at stride 1, padded by one, by `tile` × `tile` outputs at once. No gradients."""
 
+    def __init__(self, conv: nn.Conv2d, tile: int = PRECISE_TILE) -> None:
+        self.conv = conv
+        self.tile = tile
+        self._layouts: dict[tuple[int, int], bytes] = {}
+        self._weights: dict[bytes, list[Tensor]] = {}
 
-def winograd_conv(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
-    """(N, K, H, W) float32 of x (N, C, H, W) in any dtype, padded by one; `weight` is `transformed`. No gradients."""
-    num_images, channels, height, width = x.shape
-    outputs = weight.shape[3]
-    rows, columns = _tiles(height), _tiles(width)
-    images_at_once = max(1, min(num_images, BLOCK_TILES // (rows * columns)))
-    rows_at_once = rows
-    if images_at_once == 1:
-        rows = -(-height // TILE)
+    def pays(self, shape: torch.Size) -> bool:
+        """Whether maps (N, C, H, W) are so many and so large that it is the faster form."""
+        num_images, _, height, width = shape
+        tile = self._tile_of(height, width)
+        return num_images * _tiles(height, tile) * _tiles(width, tile) >= MIN_TILES
+
+    def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
+        """``relu(conv(x) + plus)``, (N, K, H, W) float32; the ReLU and the sum where asked for; x in any dtype."""
+        num_images, _, height, width = x.shape
+        tile = self._tile_of(height, width)
+        cells = x.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
+        out = cells.new_empty(num_images, height, width, self.conv.out_channels, dtype=torch.float32)
+        rows, columns = _tiles(height, tile), _tiles(width, tile)
+        images_at_once = max(1, min(num_images, BLOCK_TILES // (rows * columns)))
         rows_at_once = -(-rows // -(-rows * columns // BLOCK_TILES))  # in blocks as equal as can be
-    scratch = _Scratch(images_at_once * rows_at_once * columns, columns, channels, outputs)
-    y = torch.empty(
-        (num_images, outputs, height, width), dtype=torch.float32, memory_format=torch.channels_last, device=x.device
-    )
-    cells, out = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)  # (N, H, W, C), (N, H, W, K)
-    for image in range(0, num_images, images_at_once):
-        images = slice(image, image + images_at_once)
-        for row in range(0, rows, rows_at_once):
-            num_rows = min(rows_at_once, rows - row)
-            _lay_out(cells[images], scratch, row, num_rows)
-            block = _products(scratch, weight, len(cells[images]) * num_rows, columns)  # (Σ rows, 4, W', K)
-            lines = block.view(len(cells[images]), num_rows * TILE, -1, outputs)
-            part = out[images, row * TILE : (row + num_rows) * TILE]
-            torch.add(lines[:, : part.shape[1], :width], bias, out=part)
-            if relu:
-                part.relu_()
-    return y
+        memory = _Memory(images_at_once * rows_at_once, width, tile, self.conv)
+        for image in range(0, num_images, images_at_once):
+            images = slice(image, image + images_at_once)
+            for row in range(0, rows, rows_at_once):
+                block = range(row, min(row + rows_at_once, rows))
+                _transform_columns(cells[images], block, memory)
+                self._multiply(memory, len(block) * len(cells[images]))
+                _restore_columns(out[images], block, memory)
+                done = slice(row * tile, (row + rows_at_once) * tile)
+                if plus is not None:
+                    out[images, done] += plus.permute(0, 2, 3, 1)[images, done]
+                if relu:
+                    out[images, done].relu_()
+        return out.permute(0, 3, 1, 2)
+
+    def _tile_of(self, height: int, width: int) -> int:
+        return POOLED_TILE if height in POOLED_SIDES and width in POOLED_SIDES else self.tile
+
+    def _multiply(self, memory: _Memory, num_lines: int) -> None:
+        """From transformed columns of inputs to those of outputs: at each of their points the lines are transformed,
+        multiplied and restored."""
+        conv, points = self.conv, memory.tile + 2
+        num_windows = num_lines * memory.windows_of_line
+        bias = conv.weight.new_zeros(points, conv.out_channels, dtype=torch.float32)
+        if conv.bias is not None:
+            bias[_ONE] = conv.bias
+        before, after = (matrix.expand(num_windows, -1, -1) for matrix in (memory.before, memory.after))
+        inputs, outputs = memory.columns_in(num_lines), memory.columns_out(num_lines)
+        lines = memory.lines(num_windows)  # (B, L P, C)
+        tiles = lines.view(1, 1, -1, points * conv.in_channels).permute(0, 3, 1, 2)  # (1, P C, 1, B L)
+        for point, weight in enumerate(self._packed(memory.tile, tiles.shape[3])):
+            torch.bmm(before, memory.windows(inputs[point]), out=lines)
+            products = onednn(tiles, weight, bias.flatten() if point == _ONE else None, groups=points, relu=False)
+            products = products.permute(0, 2, 3, 1).view(num_windows, -1, conv.out_channels)  # (B, L P, K)
+            torch.bmm(after, products, out=outputs[point].view(num_windows, -1, conv.out_channels))  # (B, L m, K)
+
+    def _packed(self, tile: int, num_tiles: int) -> list[Tensor]:
+        """For each point of a column, weights (P K, C, 1, 1) of P groups, in the layout that oneDNN chooses for
+        products of so many tiles: in another they would be laid out anew each time, which can take ten times as long.
+        """
+        points, channels, outputs = tile + 2, self.conv.in_channels, self.conv.out_channels
+        shape = ((0, 0), (1, 1), (1, 1), points, [1, points * channels, 1, num_tiles])
+        pack = torch.ops.mkldnn._reorder_convolution_weight
+        if (tile, num_tiles) not in self._layouts:
+            any_weight = self.conv.weight.new_empty(points * outputs, channels, 1, 1, dtype=torch.float32)
+            layout = torch.ops.mkldnn._get_mkldnn_serialized_md(pack(any_weight, *shape))
+            self._layouts[tile, num_tiles] = layout.numpy().tobytes()
+        layout = self._layouts[tile, num_tiles]
+        if layout not in self._weights:
+            of_kernel = transforms(tile).of_kernel
+            weights = torch.einsum("ip,jq,kcpq->ijkc", of_kernel, of_kernel, self.conv.weight.double())
+            weights = weights.float().contiguous().view(points, -1, channels, 1, 1)
+            self._weights[layout] = [pack(weight, *shape) for weight in weights]
+        return self._weights[layout]
 
 
-class _Scratch:
-    """Memory of one block of T tiles, which is used again for each."""
+class _Memory:
+    """What is between the passes over a block: R lines, rows of tiles of all its images. It serves one block after the
+    other."""
 
-    def __init__(self, num_tiles: int, columns: int, channels: int, outputs: int) -> None:
-        line = columns * TILE * channels
-        # Two lines and two cells are read behind the last ones.
-        self.padded = torch.zeros(num_tiles // columns * TILE * line + 2 * line)
-        self.columns_done = torch.zeros((num_tiles * POINTS * TILE + 2) * channels)
-        self.points = torch.empty(num_tiles * POINTS**2 * channels)
-        self.products = torch.empty(num_tiles * POINTS**2 * outputs)
-        self.rows_done = torch.empty(num_tiles * TILE * POINTS * outputs)
-        self.block = torch.empty(num_tiles * TILE**2 * outputs)
+    def __init__(self, num_lines: int, width: int, tile: int, conv: nn.Conv2d) -> None:
+        self.tile, self.width = tile, width
+        self.channels, self.outputs = conv.in_channels, conv.out_channels
+        if width in POOLED_SIDES:  # a whole line is transformed at once
+            self.before, self.after = _along(width, tile)
+            self.lead, self.step, self.windows_of_line = 0, width, 1
+        else:  # a tile at a time, that and its neighbours' cells, of lines with zeros before and behind
+            self.before, self.after = _side_by_side(tile, 1)
+            self.lead, self.step, self.windows_of_line = 1, tile, _tiles(width + 1, tile)
+        self.line = self.step * self.windows_of_line
+        cells = (tile + 2) * num_lines * self.line
+        like = conv.weight.new_empty(0, dtype=torch.float32)
+        self._columns_in = like.new_zeros((cells + tile + 2) * self.channels)  # the last window ends behind its line
+        self._columns_out = like.new_empty(cells * self.outputs)
+        self._lines = like.new_empty(num_lines * self.windows_of_line * len(self.before) * self.channels)
+
+    def columns_in(self, num_lines: int) -> Tensor:
+        """(P, R, line, C)"""
+        return _take(self._columns_in, self.tile + 2, num_lines, self.line, self.channels)
+
+    def columns_out(self, num_lines: int) -> Tensor:
+        """(P, R, line, K)"""
+        return _take(self._columns_out, self.tile + 2, num_lines, self.line, self.outputs)
+
+    def windows(self, lines: Tensor) -> Tensor:
+        """(B, window, C) of lines (R, line, C), overlapping."""
+        shape = (len(lines) * self.windows_of_line, self.before.shape[1], self.channels)
+        return lines.as_strided(shape, (self.step * self.channels, self.channels, 1))
+
+    def lines(self, num_windows: int) -> Tensor:
+        """(B, L P, C)"""
+        return _take(self._lines, num_windows, len(self.before), self.channels)
 
 
-def _lay_out(cells: Tensor, scratch: _Scratch, row: int, num_rows: int) -> None:
-    """The inputs of some rows of tiles of each image (n, H, W, C), in lines of whole tiles with zeros around the map.
-
-    Images and lines follow each other without gaps: a tile that ends beside the map reads what comes next, which its
-    outputs on the map do not hang on.
-    """
+def _transform_columns(cells: Tensor, block: range, memory: _Memory) -> None:
+    """Of rows of tiles of each image (n, H, W, C); what lies above and below the map is left out of the products."""
     num_images, height, width, channels = cells.shape
-    num_lines = num_rows * TILE + (2 if num_images == 1 else 0)
-    lines = _take(scratch.padded, num_images, num_lines, _tiles(width) * TILE, channels)
-    first = row * TILE - 1
-    low, high = max(first, 0), min(first + num_rows * TILE + 2, height)
-    lines[:, : low - first] = 0
-    lines[:, low - first : high - first, 1 : width + 1] = cells[:, low:high]
-    lines[:, high - first :] = 0
+    tile, points = memory.tile, memory.tile + 2
+    before, _ = _along(height, tile)
+    columns = memory.columns_in(num_images * len(block)).view(points, num_images, len(block), -1, channels)
+    columns = columns[:, :, :, memory.lead : memory.lead + width]
+    for index, row in enumerate(block):
+        low, high = max(row * tile - 1, 0), min((row + 1) * tile + 1, height)
+        matrix = before[row * points : (row + 1) * points, low:high].expand(num_images, -1, -1)
+        into = columns[:, :, index].view(points, num_images, width * channels).transpose(0, 1)
+        lines = cells[:, low:high].float().view(num_images, high - low, width * channels)
+        torch.bmm(matrix, lines, out=into)
 
 
-def _products(scratch: _Scratch, weight: Tensor, num_rows: int, columns: int) -> Tensor:
-    """(R, 4, 4 L, K) the outputs of R rows of L tiles, T in all, without bias."""
-    channels, outputs = weight.shape[2:]
-    tiles, line = num_rows * columns, columns * TILE * channels
-    overlapping = scratch.padded.as_strided((num_rows, POINTS, line), (TILE * line, line, 1))
-    columns_done = _take(scratch.columns_done, POINTS, num_rows, line)
-    torch.bmm(_INPUT.expand(num_rows, -1, -1), overlapping, out=columns_done.transpose(0, 1))
-    overlapping = scratch.columns_done.as_strided((POINTS * tiles, POINTS, channels), (TILE * channels, channels, 1))
-    points = _take(scratch.points, POINTS, tiles, POINTS, channels)
-    torch.bmm(_INPUT.expand(POINTS * tiles, -1, -1), overlapping, out=points.view(-1, POINTS, channels))
-
-    products = _take(scratch.products, POINTS, tiles, POINTS, outputs)
-    for one, weights, product in zip(points, weight, products, strict=True):
-        torch.bmm(one.transpose(0, 1), weights, out=product.transpose(0, 1))
-
-    rows_done = _take(scratch.rows_done, num_rows, TILE, columns * POINTS * outputs)
-    torch.bmm(_OUTPUT.expand(num_rows, -1, -1), products.view(POINTS, num_rows, -1).transpose(0, 1), out=rows_done)
-    block = _take(scratch.block, num_rows * TILE * columns, TILE, outputs)
-    rows_done = rows_done.view(-1, POINTS, outputs)
-    return torch.bmm(_OUTPUT.expand(len(rows_done), -1, -1), rows_done, out=block).view(num_rows, TILE, -1, outputs)
+def _restore_columns(out: Tensor, block: range, memory: _Memory) -> None:
+    """The outputs of rows of tiles of each image (n, H, W, K)."""
+    num_images, height, width, outputs = out.shape
+    tile, points = memory.tile, memory.tile + 2
+    _, after = _along(height, tile)
+    columns = memory.columns_out(num_images * len(block)).view(points, num_images, len(block), -1, outputs)
+    for index, row in enumerate(block):
+        low, high = row * tile, min((row + 1) * tile, height)
+        matrix = after[low:high, row * points : (row + 1) * points].expand(num_images, -1, -1)
+        products = columns[:, :, index, :width].view(points, num_images, width * outputs).transpose(0, 1)
+        torch.bmm(matrix, products, out=out[:, low:high].view(num_images, high - low, width * outputs))
 
 
-def _tiles(side: int) -> int:
-    """Along an axis, of a map with its two lines of padding."""
-    return -(-(side + 2) // TILE)
+def _tiles(side: int, tile: int) -> int:
+    return -(-side // tile)
 
 
 def _take(memory: Tensor, *shape: int) -> Tensor:

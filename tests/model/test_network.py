@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeGuard
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import nn
 from model import MaskRCNN, network
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm
-from model.network import Precision, ready_to_run
-from model.random_weights import random_network
+from model.mask_head import MaskHead
+from model.network import Network, Precision, build_network, ready_to_run
+from model.recipe import Recipe
 
 CPU = torch.device("cpu")
 
@@ -71,16 +73,70 @@ def test_without_onednn_bf16_is_the_same_within_rounding(small_net: MaskRCNN, mo
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
 
 
-def test_wide_convolutions_go_by_winograd_in_float32_alone() -> None:
-    config = ModelConfig(body="resnet18", num_classes=2)
-    wide = random_network(config).network
-    for precision, exact, expected in (("fp32", False, True), ("fp32", True, False), ("bf16", False, False)):
-        running = ready_to_run(wide, CPU, precision, exact=exact)  # type: ignore[arg-type]
-        assert running.fpn is not None
-        assert all((part.winograd is not None) is expected for part in running.fpn.output)
-        assert running.rpn is not None
-        in_full = running.rpn.objectness.weight.dtype == torch.float32  # in bf16 too, but with AMX
-        assert all((part.winograd is not None) is (in_full and not exact) for part in running.rpn.convs)
+@pytest.fixture(scope="module")
+def wide() -> Network:
+    """Of torchvision's width from the pyramid on."""
+    config = ModelConfig(body="resnet18", body_width=8, box_head_width=16, num_classes=2, num_keypoints=3)
+    torch.manual_seed(0)
+    built = build_network(config, Recipe())
+    assert isinstance(built.mask_head, MaskHead)
+    nn.init.normal_(built.mask_head.mask_logits.weight)
+    return built
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_wide_convolutions_go_by_winograd_where_that_is_faster(
+    wide: Network, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
+) -> None:
+    """In float32 all; beside bfloat16 those of large maps and of many regions, and none beside tiles of it."""
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
+
+    def by_winograd(precision: Precision, *, exact: bool) -> dict[str, list[bool]]:
+        running = ready_to_run(wide, CPU, precision, exact=exact)
+        parts = {"pyramid": running.fpn, "RPN": running.rpn, "mask head": running.mask_head}
+        return {
+            name: [part.winograd is not None for part in parent.modules() if _is_3x3(part)]
+            for name, parent in parts.items()
+            if parent is not None
+        }
+
+    assert by_winograd("fp32", exact=False) == {"pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
+    assert by_winograd("fp32", exact=True) == {"pyramid": [False] * 4, "RPN": [False], "mask head": [False] * 4}
+    faster = not has_tiles
+    assert by_winograd("bf16", exact=False) == {
+        "pyramid": [faster, faster, False, False],
+        "RPN": [faster],
+        "mask head": [faster] * 4,
+    }
+
+
+def _is_3x3(part: nn.Module) -> TypeGuard[ConvNorm]:
+    return isinstance(part, ConvNorm) and part.conv.kernel_size == (3, 3)
+
+
+@torch.inference_mode()
+def test_levels_have_one_dtype_whatever_computed_them(wide: Network) -> None:
+    running = ready_to_run(wide, CPU, "bf16", exact=False)
+    assert {level.dtype for level in running.features(IMAGES)} == {torch.bfloat16}
+
+
+@torch.inference_mode()
+def test_heads_partly_in_bfloat16_are_those_in_float32_within_its_rounding(wide: Network) -> None:
+    torch.manual_seed(0)
+    regions, labels = torch.randn(6, 256, 14, 14).bfloat16(), torch.ones(6, dtype=torch.int64)
+    found = ready_to_run(wide, CPU, "bf16", exact=False)
+    expected = ready_to_run(wide, CPU, "fp32", exact=True)
+    for head in (found, expected):
+        assert head.mask_head is not None
+        assert head.keypoint_head is not None
+    pairs = [
+        (found.mask_head(regions, labels), expected.mask_head(regions, labels)),  # type: ignore[misc]
+        (found.keypoint_head(regions), expected.keypoint_head(regions)),  # type: ignore[misc]
+    ]
+    for one, other in pairs:
+        assert one.dtype == torch.float32
+        assert float(other.std()) > 0
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * float(other.abs().max()))
 
 
 def test_a_network_trained_in_float64_runs_in_float32(small_net: MaskRCNN) -> None:

@@ -9,83 +9,160 @@ from torch import Tensor, nn
 
 from model import winograd
 from model.conv_norm import ConvNorm
-from model.winograd import can_transform, pays, transformed, winograd_conv
+from model.winograd import (
+    COARSE_TILE,
+    POOLED_TILE,
+    PRECISE_TILE,
+    Winograd,
+    beats_bfloat16,
+    can_transform,
+    transforms,
+)
+
+TILES = (PRECISE_TILE, POOLED_TILE, COARSE_TILE)
 
 
-def _directly(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool) -> Tensor:
-    y = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+def _directly(x: Tensor, conv: nn.Conv2d, plus: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    y = F.conv2d(x.double(), conv.weight.double(), conv.bias.double() if conv.bias is not None else None, padding=1)
+    y = y if plus is None else y + plus
     return y.relu() if relu else y
 
 
-def _random(num_images: int, channels: int, outputs: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    """Whose outputs spread by one where its inputs do."""
+    conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
+    nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
+    return conv.requires_grad_(False)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_the_transforms_of_an_axis_filter_it(tile: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(num_images, channels, height, width).to(memory_format=torch.channels_last)
-    return x, torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
+    inputs, kernel = torch.randn(tile + 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    of_inputs, of_kernel, of_outputs = transforms(tile)
+    found = of_outputs @ ((of_kernel @ kernel) * (of_inputs @ inputs))
+    torch.testing.assert_close(found, inputs.unfold(0, 3, 1) @ kernel, rtol=0, atol=1e-11)
 
 
-@settings(deadline=None, max_examples=60)
+def test_the_smallest_transforms_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F(2, 3) at 0, 1, -1 and infinity, up to the signs and scales that inputs and kernel share."""
+    monkeypatch.setitem(winograd._POINTS, 2, (0, 1, -1))
+    of_inputs, of_kernel, of_outputs = transforms(2)
+    assert of_inputs.tolist() == [[-1, 0, 1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]
+    assert of_kernel.tolist() == [[-1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+    assert of_outputs.tolist() == [[1, 1, 1, 0], [0, 1, -1, 1]]
+
+
+@settings(deadline=None, max_examples=100)
 @given(
     num_images=st.integers(1, 5),
     channels=st.integers(1, 9),
     outputs=st.integers(1, 9),
-    height=st.integers(1, 23),
-    width=st.integers(1, 23),
+    height=st.integers(1, 27) | st.sampled_from([7, 14]),
+    width=st.integers(1, 27) | st.sampled_from([7, 14]),
+    tile=st.sampled_from([PRECISE_TILE, COARSE_TILE]),
     block_tiles=st.sampled_from([1, 7, 30, 1000]),
     relu=st.booleans(),
+    bias=st.booleans(),
+    adds=st.booleans(),
 )
 @torch.inference_mode()
 def test_it_is_the_plain_sum(
-    num_images: int, channels: int, outputs: int, height: int, width: int, block_tiles: int, relu: bool
+    num_images: int,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    tile: int,
+    block_tiles: int,
+    relu: bool,
+    bias: bool,
+    adds: bool,
 ) -> None:
     """Whatever the size, and however it is cut into blocks."""
-    x, weight, bias = _random(num_images, channels, outputs, height, width)
+    torch.manual_seed(0)
+    conv = _conv(channels, outputs, bias=bias)
+    x = torch.randn(num_images, channels, height, width).to(memory_format=torch.channels_last)
+    plus = torch.randn(num_images, outputs, height, width) if adds else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "BLOCK_TILES", block_tiles)
-        found = winograd_conv(x, transformed(weight), bias, relu=relu)
+        found = Winograd(conv, tile)(x, plus, relu=relu)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found.double(), _directly(x, weight, bias, relu=relu), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), _directly(x, conv, plus, relu=relu), rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("tile", "shape", "expected"),
+    [(PRECISE_TILE, (1, 53, 67), 4e-6), (POOLED_TILE, (9, 14, 14), 2e-5), (COARSE_TILE, (1, 53, 67), 5e-5)],
+)
+@torch.inference_mode()
+def test_it_rounds_no_more_than_is_said(tile: int, shape: tuple[int, int, int], expected: float) -> None:
+    """The root mean square over outputs that spread by one, with the channels that pyramids have."""
+    torch.manual_seed(0)
+    conv, x = _conv(256, 64), torch.randn(shape[0], 256, *shape[1:])
+    layer = Winograd(conv, tile)
+    assert layer._tile_of(*shape[1:]) == tile
+    error = (layer(x, None, relu=False) - _directly(x, conv)).square().mean().sqrt()
+    assert expected / 2 < float(error) < expected * 1.5
 
 
 @torch.inference_mode()
 def test_a_kernel_that_hands_on_its_centre_changes_nothing() -> None:
     x = torch.arange(2.0 * 3 * 9 * 6).view(2, 3, 9, 6).to(memory_format=torch.channels_last)
-    weight = nn.init.dirac_(torch.empty(3, 3, 3, 3))
-    found = winograd_conv(x, transformed(weight), torch.tensor([0.0, 1, -1000]), relu=True)
+    conv = _conv(3, 3)
+    nn.init.dirac_(conv.weight)
+    conv.bias = nn.Parameter(torch.tensor([0.0, 1, -1000]))
+    found = Winograd(conv)(x, None, relu=True)
     expected = (x + torch.tensor([0.0, 1, -1000])[:, None, None]).relu()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 @torch.inference_mode()
 def test_bfloat16_enters_and_float32_leaves_without_a_rounding() -> None:
-    x, weight, bias = _random(1, 16, 8, 20, 30)
-    x = x.bfloat16()
-    found = winograd_conv(x, transformed(weight), bias, relu=False)
-    torch.testing.assert_close(found.double(), _directly(x, weight, bias, relu=False), rtol=0, atol=1e-4)
+    torch.manual_seed(0)
+    conv = _conv(16, 8)
+    x = torch.randn(1, 16, 20, 30).bfloat16()
+    found = Winograd(conv)(x, None, relu=False)
+    torch.testing.assert_close(found.double(), _directly(x, conv), rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
 def test_an_image_hangs_on_its_neighbours_by_rounding_alone() -> None:
-    x, weight, bias = _random(40, 8, 8, 13, 9)
-    together = winograd_conv(x, transformed(weight), bias, relu=False)
+    torch.manual_seed(0)
+    conv, x = _conv(8, 8), torch.randn(40, 8, 13, 9)
+    together = Winograd(conv)(x, None, relu=False)
     x[1:] *= 100
-    beside_others = winograd_conv(x, transformed(weight), bias, relu=False)
+    beside_others = Winograd(conv)(x, None, relu=False)
     torch.testing.assert_close(beside_others[:1], together[:1], rtol=0, atol=1e-3)
 
 
+@torch.inference_mode()
+def test_maps_of_many_sizes_share_few_weights() -> None:
+    """One set for each layout that oneDNN wants."""
+    conv = _conv(96, 96)
+    layer = Winograd(conv)
+    for width in range(8, 100, 6):
+        layer(torch.randn(1, 96, 20, width), None, relu=False)
+    assert len(layer._layouts) > len(layer._weights)
+    assert len(layer._weights) <= 3
+
+
 @pytest.mark.parametrize(
-    ("conv", "expected"),
+    ("conv", "transforms", "beats"),
     [
-        (nn.Conv2d(256, 256, 3, padding=1), True),
-        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False),
-        (nn.Conv2d(256, 256, 3), False),
-        (nn.Conv2d(256, 256, 1), False),
-        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False),
-        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False),
-        (nn.Conv2d(64, 64, 3, padding=1), False),
+        (nn.Conv2d(256, 256, 3, padding=1), True, True),
+        (nn.Conv2d(128, 128, 3, padding=1), True, False),
+        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False, False),
+        (nn.Conv2d(256, 256, 3), False, False),
+        (nn.Conv2d(256, 256, 1), False, False),
+        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False, False),
+        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False, False),
+        (nn.Conv2d(64, 64, 3, padding=1), False, False),
     ],
 )
-def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
-    assert can_transform(conv) is expected
+def test_what_it_stands_for(conv: nn.Conv2d, transforms: bool, beats: bool) -> None:
+    assert can_transform(conv) is transforms
+    assert beats_bfloat16(conv) is beats
 
 
 @pytest.mark.parametrize(
@@ -93,13 +170,14 @@ def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
     [
         ((1, 256, 200, 272), True),
         ((100, 256, 14, 14), True),
-        ((1, 256, 14, 14), False),  # 16 tiles
-        ((1000, 256, 7, 7), False),  # of whose 9 × 16 cells 49 are on the map
+        ((5, 256, 14, 14), True),  # 20 tiles of 7
+        ((4, 256, 14, 14), False),
+        ((1, 256, 24, 24), False),  # 16 tiles of 6
         ((0, 256, 14, 14), False),
     ],
 )
 def test_few_and_small_maps_are_left_to_the_plain_sum(shape: tuple[int, ...], expected: bool) -> None:
-    assert pays(torch.Size(shape)) is expected
+    assert Winograd(_conv(1, 1)).pays(torch.Size(shape)) is expected
 
 
 @torch.inference_mode()
@@ -109,7 +187,7 @@ def test_a_layer_that_has_it_is_the_layer() -> None:
     x = torch.randn(1, 8, 44, 52)
     small = x[:, :, :8, :8]
     expected, of_small = layer(x), layer(small)
-    layer.winograd = transformed(layer.conv.weight)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+    layer.winograd = Winograd(layer.conv)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-4)
     assert not torch.equal(layer(x), expected)  # by the other way, then
     assert torch.equal(layer(small), of_small)  # by the plain sum still
