@@ -20,7 +20,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class FusedConv(Protocol):
-    """A convolution, the sum with `plus` and the ReLU in one: `cudnn_conv` or `onednn_conv`."""
+    """A convolution, the sum with `plus`, which it may overwrite, and the ReLU: `cudnn_conv` or `onednn_conv`."""
 
     def __call__(self, conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor: ...
 
@@ -57,7 +57,7 @@ class ConvNorm(nn.Module):
         """What convolves many or large maps, where that is the faster form."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """`plus` is added before the ReLU: the shortcut of a block."""
+        """`plus` is added before the ReLU, and may be overwritten: the shortcut of a block."""
         if self.winograd is not None and self.winograd.pays(x.shape):
             return self.winograd(x, plus, relu=self.relu)
         if self.fused is not None:

@@ -37,7 +37,8 @@ class FPN(nn.Module):
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
                 top_down = _add_nearest(self.lateral[index](features[index]), top_down)
-            levels.insert(0, self.output[index](top_down).to(top_down.dtype))
+            level = self.output[index](top_down)
+            levels.insert(0, level.to(top_down.dtype))  # as of one, for those who pool them
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)
 

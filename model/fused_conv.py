@@ -43,16 +43,16 @@ def cudnn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -
 
 
 def onednn_conv(conv: nn.Conv2d, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
-    """The same on a CPU, in the dtype of the weight, by what torch's compiler makes of these; `plus` is overwritten.
+    """The same on a CPU, in the dtype of the weight, by what torch's compiler makes of these.
 
-    Nothing is rounded before it is added, and nor is a float32 bias but beside `plus`.
+    Of that dtype `plus` is overwritten: memory that was just read is the faster to write. Nothing is rounded before it
+    is added, and nor is a float32 bias but beside `plus`.
     """
     assert plus is None or conv.groups == 1  # there is no such operator in bfloat16
     x, shape = x.to(conv.weight.dtype), (conv.padding, conv.stride, conv.dilation, conv.groups)
     if plus is None:
         return onednn(x, conv.weight, conv.bias, *shape, relu=relu)
     bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    # Memory that was just read is the faster to write.
     return torch.ops.mkldnn._convolution_pointwise_.binary(  # type: ignore[no-any-return]
         plus.to(x.dtype), x, conv.weight, bias, *shape, "add", 1.0, "relu" if relu else None, [], None
     )

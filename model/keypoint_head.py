@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv_norm import ConvNorm, to_layer
+from model.conv_norm import ConvNorm
 
 # R regions, C channels, K keypoints, S pooled side.
 
@@ -23,6 +23,5 @@ class KeypointHead(nn.Module):
 
     def forward(self, region_features: Tensor) -> Tensor:
         """(R, K, 4 S, 4 S) float32."""
-        x = to_layer(self.convs(region_features), self.upsample)  # (R, C, S, S)
-        x = self.upsample(x).float()  # (R, K, 2 S, 2 S)
+        x = self.upsample(self.convs(region_features)).float()  # (R, K, 2 S, 2 S)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

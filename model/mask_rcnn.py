@@ -57,7 +57,7 @@ class MaskRCNN:
         """`network` is kept as it is and a copy runs; `sha256` is that of the weight file's bytes.
 
         `exact` asks for torchvision's order of computation, which on a CPU gives its boxes and scores to the last bit
-        and takes half as long again; without it they differ by rounding, which now and then tips a close decision.
+        and takes nearly twice as long; without it they differ by rounding, which now and then tips a close decision.
         """
         self.network = network
         self.config = config

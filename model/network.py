@@ -161,7 +161,7 @@ def _round(network: Network, device: torch.device) -> None:
     """To bfloat16, but for the box head's outputs and, on a CPU, what costs little or nothing there in float32.
 
     That is the stem, whose roundings each later layer inherits, the box head's small layer, and, but on processors with
-    tiles of bfloat16, the RPN and what Winograd makes faster.
+    tiles of bfloat16, the RPN and what Winograd makes faster on large maps and many masks.
     """
     head = network.box_head
     precise: list[nn.Module] = [head.class_logits, head.deltas]
@@ -183,10 +183,9 @@ def _round(network: Network, device: torch.device) -> None:
 
 
 def _wide_on_large_maps(network: Network) -> list[nn.Module]:
-    """Convolutions that are faster in float32 than in bfloat16: of P2 and P3, and of the regions by the hundred."""
-    heads = (network.mask_head, network.keypoint_head)
+    """Convolutions that are faster in float32 than in bfloat16: of P2 and P3, and of the masks by the hundred."""
     layers = [] if network.fpn is None else list(network.fpn.output[:2])
-    layers += [layer for head in heads if isinstance(head, MaskHead | KeypointHead) for layer in head.convs]
+    layers += list(network.mask_head.convs) if isinstance(network.mask_head, MaskHead) else []
     return [
         layer for layer in layers if isinstance(layer, ConvNorm) and layer.norm is None and beats_bfloat16(layer.conv)
     ]

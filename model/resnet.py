@@ -142,7 +142,7 @@ class ResNet(nn.Module):
             x = fused_stem(self.stem.conv, images)  # (N, 64, H/4, W/4)
         else:
             x = F.max_pool2d(self.stem(images), kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
-        features = []
+        features = []  # may be overwritten by a block whose shortcut they are, which no stage begins with
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
             features.append(x)

@@ -4,9 +4,12 @@ Maps enter and leave, channels-last. A tile of m × m outputs costs (m + 2)² pr
 some of what is gained goes to the transforms before and after, which are products of small matrices. A larger tile is
 the faster and rounds more: outputs that spread by one are off by 4·10⁻⁶ (root mean square) with tiles of 6, by 2·10⁻⁵
 with those of 7, by 5·10⁻⁵ with those of 8.
+
+What is not finite spreads to the other outputs of its tile and, at the left border, to the last tile of the row before.
 """
 
-# N images, C channels, K outputs; H × W a map; m outputs of a tile along an axis, P = m + 2 points of it.
+# N images, C channels, K outputs; H × W a map; m outputs of a tile along an axis, P = m + 2 points of it. Of a block:
+# n images, R rows of tiles in all of them, B windows that are transformed at once, L tiles of a window.
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ from torch import Tensor, nn
 from model.fused_conv import can_fuse_on_cpu, onednn
 
 PRECISE_TILE, COARSE_TILE, POOLED_TILE = 6, 8, 7
-"""Outputs of a tile along an axis: for maps in float32, for those that bfloat16 has rounded, and for what heads pool,
-which a tile of 7 fits."""
+"""Outputs of a tile along an axis: for a network in float32; for one in bfloat16, which rounds more than any tile; and
+in both for the maps that heads pool, which a tile of 7 fits."""
 POOLED_SIDES = (7, 14)
-CHANNELS = range(96, 513)
-"""With fewer the transforms cost what the products spare."""
+CHANNELS = range(96, 385)
+"""With fewer the transforms cost what the products spare; with 512 the weight of a layer takes 85 MB."""
 WIDE = 192
 """Channels from which it is faster than the plain sum in bfloat16, too, on a processor without tiles of that."""
 MIN_TILES = 20
@@ -40,54 +43,6 @@ _POINTS = {
 """Of each tile, and infinity: of those tried the ones that round least."""
 _ONE = 1
 """Which of them is 1, where a constant is one everywhere: what is added to its products is added to all outputs."""
-
-
-class Transforms(NamedTuple):
-    """Of F(m, 3) along an axis: ``of_outputs @ ((of_kernel @ kernel) * (of_inputs @ inputs))``, in float64."""
-
-    of_inputs: Tensor
-    """(P, P)"""
-    of_kernel: Tensor
-    """(P, 3)"""
-    of_outputs: Tensor
-    """(m, P)"""
-
-
-@functools.cache
-def transforms(tile: int) -> Transforms:
-    """By Toom and Cook: P values determine the product of two polynomials, and a filter is such a product turned about.
-
-    So what leads from values to coefficients comes first here, on the inputs.
-    """
-    finite = torch.tensor(_POINTS[tile], dtype=torch.float64)
-
-    def values(num_coefficients: int) -> Tensor:
-        at_infinity = torch.eye(num_coefficients, dtype=torch.float64)[-1:]
-        return torch.cat([finite[:, None] ** torch.arange(num_coefficients), at_infinity])  # (P, num_coefficients)
-
-    of_inputs = torch.linalg.inv(values(tile + 2)).T
-    # Divided by its leading coefficient, a row needs few bits where the points do: rounding it costs less.
-    leading = torch.cat([of_inputs[:-1, -2], of_inputs[-1:, -1]])[:, None]
-    return Transforms(of_inputs / leading, values(3) * leading, values(tile).T)
-
-
-@functools.lru_cache(maxsize=64)
-def _side_by_side(tile: int, count: int) -> tuple[Tensor, Tensor]:
-    """(L P, L m + 2) and (L m, L P) float32, what transforms inputs and outputs of L tiles in a row."""
-    of_inputs, _, of_outputs = transforms(tile)
-    points = tile + 2
-    before, after = torch.zeros(count * points, count * tile + 2), torch.zeros(count * tile, count * points)
-    for index in range(count):
-        here = slice(index * points, (index + 1) * points)
-        before[here, index * tile : index * tile + points] = of_inputs
-        after[index * tile : (index + 1) * tile, here] = of_outputs
-    return before, after
-
-
-def _along(side: int, tile: int) -> tuple[Tensor, Tensor]:
-    """(L P, side) and (side, L P), the same for an axis of a map, without what lies beside it."""
-    before, after = _side_by_side(tile, _tiles(side, tile))
-    return before[:, 1 : side + 1], after[:side]
 
 
 def can_transform(conv: nn.Conv2d) -> bool:
@@ -129,9 +84,9 @@ class Winograd:
         tile = self._tile_of(height, width)
         cells = x.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
         out = cells.new_empty(num_images, height, width, self.conv.out_channels, dtype=torch.float32)
-        rows, columns = _tiles(height, tile), _tiles(width, tile)
-        images_at_once = max(1, min(num_images, BLOCK_TILES // (rows * columns)))
-        rows_at_once = -(-rows // -(-rows * columns // BLOCK_TILES))  # in blocks as equal as can be
+        rows, tiles = _tiles(height, tile), _tiles(height, tile) * _tiles(width, tile)
+        images_at_once = max(1, min(num_images, BLOCK_TILES // tiles))
+        rows_at_once = -(-rows // -(-tiles // BLOCK_TILES))  # of a large map, in blocks as equal as can be
         memory = _Memory(images_at_once * rows_at_once, width, tile, self.conv)
         for image in range(0, num_images, images_at_once):
             images = slice(image, image + images_at_once)
@@ -150,21 +105,21 @@ class Winograd:
     def _tile_of(self, height: int, width: int) -> int:
         return POOLED_TILE if height in POOLED_SIDES and width in POOLED_SIDES else self.tile
 
-    def _multiply(self, memory: _Memory, num_lines: int) -> None:
+    def _multiply(self, memory: _Memory, num_rows: int) -> None:
         """From transformed columns of inputs to those of outputs: at each of their points the lines are transformed,
         multiplied and restored."""
         conv, points = self.conv, memory.tile + 2
-        num_windows = num_lines * memory.windows_of_line
+        num_windows = num_rows * memory.windows_of_row
         bias = conv.weight.new_zeros(points, conv.out_channels, dtype=torch.float32)
         if conv.bias is not None:
             bias[_ONE] = conv.bias
         before, after = (matrix.expand(num_windows, -1, -1) for matrix in (memory.before, memory.after))
-        inputs, outputs = memory.columns_in(num_lines), memory.columns_out(num_lines)
-        lines = memory.lines(num_windows)  # (B, L P, C)
-        tiles = lines.view(1, 1, -1, points * conv.in_channels).permute(0, 3, 1, 2)  # (1, P C, 1, B L)
-        for point, weight in enumerate(self._packed(memory.tile, tiles.shape[3])):
-            torch.bmm(before, memory.windows(inputs[point]), out=lines)
-            products = onednn(tiles, weight, bias.flatten() if point == _ONE else None, groups=points, relu=False)
+        inputs, outputs = memory.columns_in(num_rows), memory.columns_out(num_rows)
+        factors = memory.factors(num_windows)  # (B, L P, C)
+        maps = factors.view(1, 1, -1, points * conv.in_channels).permute(0, 3, 1, 2)  # (1, P C, 1, B L)
+        for point, weight in enumerate(self._packed(memory.tile, maps.shape[3])):
+            torch.bmm(before, memory.windows(inputs[point]), out=factors)
+            products = onednn(maps, weight, bias.flatten() if point == _ONE else None, groups=points, relu=False)
             products = products.permute(0, 2, 3, 1).view(num_windows, -1, conv.out_channels)  # (B, L P, K)
             torch.bmm(after, products, out=outputs[point].view(num_windows, -1, conv.out_channels))  # (B, L m, K)
 
@@ -188,42 +143,89 @@ class Winograd:
         return self._weights[layout]
 
 
-class _Memory:
-    """What is between the passes over a block: R lines, rows of tiles of all its images. It serves one block after the
-    other."""
+class Transforms(NamedTuple):
+    """Of F(m, 3) along an axis: ``of_outputs @ ((of_kernel @ kernel) * (of_inputs @ inputs))``, in float64."""
 
-    def __init__(self, num_lines: int, width: int, tile: int, conv: nn.Conv2d) -> None:
+    of_inputs: Tensor
+    """(P, P)"""
+    of_kernel: Tensor
+    """(P, 3)"""
+    of_outputs: Tensor
+    """(m, P)"""
+
+
+@functools.cache
+def transforms(tile: int) -> Transforms:
+    """By Toom and Cook: P values determine the product of two polynomials, and a filter is such a product turned about.
+
+    So what leads from values to coefficients comes first here, on the inputs.
+    """
+    finite = torch.tensor(_POINTS[tile], dtype=torch.float64)
+
+    def values(num_coefficients: int) -> Tensor:
+        at_infinity = torch.eye(num_coefficients, dtype=torch.float64)[-1:]
+        return torch.cat([finite[:, None] ** torch.arange(num_coefficients), at_infinity])  # (P, num_coefficients)
+
+    of_inputs = torch.linalg.inv(values(tile + 2)).T
+    # Divided by its leading coefficient, a row needs few bits where the points do: rounding it costs less.
+    leading = torch.cat([of_inputs[:-1, -2], of_inputs[-1:, -1]])[:, None]
+    return Transforms(of_inputs / leading, values(3) * leading, values(tile).T)
+
+
+@functools.lru_cache(maxsize=64)
+def _side_by_side(tile: int, count: int) -> tuple[Tensor, Tensor]:
+    """(L P, L m + 2) and (L m, L P) float32, what transforms inputs and outputs of L = `count` tiles."""
+    of_inputs, _, of_outputs = transforms(tile)
+    points = tile + 2
+    before, after = torch.zeros(count * points, count * tile + 2), torch.zeros(count * tile, count * points)
+    for index in range(count):
+        here = slice(index * points, (index + 1) * points)
+        before[here, index * tile : index * tile + points] = of_inputs
+        after[index * tile : (index + 1) * tile, here] = of_outputs
+    return before, after
+
+
+def _along(side: int, tile: int) -> tuple[Tensor, Tensor]:
+    """(L P, side) and (side, L P), the same for an axis of a map, without what lies beside it."""
+    before, after = _side_by_side(tile, _tiles(side, tile))
+    return before[:, 1 : side + 1], after[:side]
+
+
+class _Memory:
+    """What is between the passes over a block; it serves one block after the other."""
+
+    def __init__(self, num_rows: int, width: int, tile: int, conv: nn.Conv2d) -> None:
         self.tile, self.width = tile, width
         self.channels, self.outputs = conv.in_channels, conv.out_channels
-        if width in POOLED_SIDES:  # a whole line is transformed at once
+        if width in POOLED_SIDES:  # windows are whole lines of the map
             self.before, self.after = _along(width, tile)
-            self.lead, self.step, self.windows_of_line = 0, width, 1
-        else:  # a tile at a time, that and its neighbours' cells, of lines with zeros before and behind
+            self.lead, self.step, self.windows_of_row = 0, width, 1
+        else:  # windows are the inputs of a tile, of lines with zeros before and behind, and overlap
             self.before, self.after = _side_by_side(tile, 1)
-            self.lead, self.step, self.windows_of_line = 1, tile, _tiles(width + 1, tile)
-        self.line = self.step * self.windows_of_line
-        cells = (tile + 2) * num_lines * self.line
+            self.lead, self.step, self.windows_of_row = 1, tile, _tiles(width + 1, tile)
+        self.line = self.step * self.windows_of_row
+        cells = (tile + 2) * num_rows * self.line
         like = conv.weight.new_empty(0, dtype=torch.float32)
         self._columns_in = like.new_zeros((cells + tile + 2) * self.channels)  # the last window ends behind its line
         self._columns_out = like.new_empty(cells * self.outputs)
-        self._lines = like.new_empty(num_lines * self.windows_of_line * len(self.before) * self.channels)
+        self._factors = like.new_empty(num_rows * self.windows_of_row * len(self.before) * self.channels)
 
-    def columns_in(self, num_lines: int) -> Tensor:
-        """(P, R, line, C)"""
-        return _take(self._columns_in, self.tile + 2, num_lines, self.line, self.channels)
+    def columns_in(self, num_rows: int) -> Tensor:
+        """(P, R, line, C); of each line the cells from `lead` on are the map's, the others always zero."""
+        return _take(self._columns_in, self.tile + 2, num_rows, self.line, self.channels)
 
-    def columns_out(self, num_lines: int) -> Tensor:
-        """(P, R, line, K)"""
-        return _take(self._columns_out, self.tile + 2, num_lines, self.line, self.outputs)
+    def columns_out(self, num_rows: int) -> Tensor:
+        """(P, R, line, K); of each line the first cells are the map's."""
+        return _take(self._columns_out, self.tile + 2, num_rows, self.line, self.outputs)
 
     def windows(self, lines: Tensor) -> Tensor:
-        """(B, window, C) of lines (R, line, C), overlapping."""
-        shape = (len(lines) * self.windows_of_line, self.before.shape[1], self.channels)
+        """(B, window, C) of lines (R, line, C)."""
+        shape = (len(lines) * self.windows_of_row, self.before.shape[1], self.channels)
         return lines.as_strided(shape, (self.step * self.channels, self.channels, 1))
 
-    def lines(self, num_windows: int) -> Tensor:
-        """(B, L P, C)"""
-        return _take(self._lines, num_windows, len(self.before), self.channels)
+    def factors(self, num_windows: int) -> Tensor:
+        """(B, L P, C) of the products."""
+        return _take(self._factors, num_windows, len(self.before), self.channels)
 
 
 def _transform_columns(cells: Tensor, block: range, memory: _Memory) -> None:
@@ -236,9 +238,9 @@ def _transform_columns(cells: Tensor, block: range, memory: _Memory) -> None:
     for index, row in enumerate(block):
         low, high = max(row * tile - 1, 0), min((row + 1) * tile + 1, height)
         matrix = before[row * points : (row + 1) * points, low:high].expand(num_images, -1, -1)
+        inputs = cells[:, low:high].float().view(num_images, high - low, width * channels)
         into = columns[:, :, index].view(points, num_images, width * channels).transpose(0, 1)
-        lines = cells[:, low:high].float().view(num_images, high - low, width * channels)
-        torch.bmm(matrix, lines, out=into)
+        torch.bmm(matrix, inputs, out=into)
 
 
 def _restore_columns(out: Tensor, block: range, memory: _Memory) -> None:

@@ -37,7 +37,7 @@ def net() -> MaskRCNN:
 def _folded(network: Network) -> Network:
     """What runs on a CPU, each part by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.network._fuse_on_cpu", lambda _: None)
+        patch.setattr("model.network._fuse_on_cpu", lambda *_: None)
         return ready_to_run(network, torch.device("cpu"), "fp32", exact=False)
 
 

@@ -53,13 +53,34 @@ def test_a_fused_convolution_on_the_cpu_is_its_parts(
         kernel_size // 2,
         groups=groups,
     )
-    plus = torch.randn_like(expected).to(dtype) if with_sum else None
+    plus = torch.randn_like(expected).to(dtype).to(memory_format=CHANNELS_LAST) if with_sum else None
     expected = expected if plus is None else expected + plus
     found = onednn_conv(conv, x, plus, relu=relu)
     assert found.dtype == dtype
     assert plus is None or found.data_ptr() == plus.data_ptr()  # the sum takes its place
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-8, 1e-3)  # one rounding, and that of a bias
     torch.testing.assert_close(found.double(), expected.relu() if relu else expected, rtol=rtol, atol=atol)
+
+
+@torch.inference_mode()
+def test_a_sum_with_maps_of_another_dtype_leaves_them_as_they_are() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, kernel_size=3, padding=1)
+    conv.weight.data = conv.weight.bfloat16()
+    x, plus = torch.randn(1, 4, 5, 5).bfloat16(), torch.randn(1, 6, 5, 5)
+    before = plus.clone()
+    found = onednn_conv(conv, x, plus, relu=False)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(plus, before)
+    expected = F.conv2d(x.float(), conv.weight.float(), conv.bias, padding=1) + plus
+    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_no_maps_are_fused_with_none() -> None:
+    conv = nn.Conv2d(4, 6, kernel_size=3, padding=1)
+    for plus in (None, torch.zeros(0, 6, 5, 5)):
+        assert onednn_conv(conv, torch.zeros(0, 4, 5, 5), plus, relu=True).shape == (0, 6, 5, 5)
 
 
 @torch.inference_mode()

@@ -76,7 +76,7 @@ def test_without_onednn_bf16_is_the_same_within_rounding(small_net: MaskRCNN, mo
 @pytest.fixture(scope="module")
 def wide() -> Network:
     """Of torchvision's width from the pyramid on."""
-    config = ModelConfig(body="resnet18", body_width=8, box_head_width=16, num_classes=2, num_keypoints=3)
+    config = ModelConfig(body="resnet18", body_width=8, box_head_width=16, num_classes=2)
     torch.manual_seed(0)
     built = build_network(config, Recipe())
     assert isinstance(built.mask_head, MaskHead)
@@ -115,28 +115,30 @@ def _is_3x3(part: nn.Module) -> TypeGuard[ConvNorm]:
 
 
 @torch.inference_mode()
-def test_levels_have_one_dtype_whatever_computed_them(wide: Network) -> None:
+def test_levels_have_one_dtype_whatever_computed_them(wide: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
     assert {level.dtype for level in running.features(IMAGES)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("has_onednn_bf16", [True, False])
 @torch.inference_mode()
-def test_heads_partly_in_bfloat16_are_those_in_float32_within_its_rounding(wide: Network) -> None:
+def test_a_mask_head_partly_in_bfloat16_is_that_in_float32_within_its_rounding(
+    wide: Network, monkeypatch: pytest.MonkeyPatch, has_onednn_bf16: bool
+) -> None:
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    if not has_onednn_bf16:
+        monkeypatch.setattr(network, "can_fuse_on_cpu", lambda dtype: dtype == torch.float32)
     torch.manual_seed(0)
     regions, labels = torch.randn(6, 256, 14, 14).bfloat16(), torch.ones(6, dtype=torch.int64)
-    found = ready_to_run(wide, CPU, "bf16", exact=False)
-    expected = ready_to_run(wide, CPU, "fp32", exact=True)
-    for head in (found, expected):
-        assert head.mask_head is not None
-        assert head.keypoint_head is not None
-    pairs = [
-        (found.mask_head(regions, labels), expected.mask_head(regions, labels)),  # type: ignore[misc]
-        (found.keypoint_head(regions), expected.keypoint_head(regions)),  # type: ignore[misc]
-    ]
-    for one, other in pairs:
-        assert one.dtype == torch.float32
-        assert float(other.std()) > 0
-        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * float(other.abs().max()))
+    mixed = ready_to_run(wide, CPU, "bf16", exact=False).mask_head
+    full = ready_to_run(wide, CPU, "fp32", exact=True).mask_head
+    assert isinstance(mixed, MaskHead)
+    assert isinstance(full, MaskHead)
+    assert (mixed.convs[0].conv.weight.dtype, mixed.upsample.weight.dtype) == (torch.float32, torch.bfloat16)
+    found, expected = mixed(regions, labels), full(regions, labels)
+    assert float(expected.std()) > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
 
 
 def test_a_network_trained_in_float64_runs_in_float32(small_net: MaskRCNN) -> None:

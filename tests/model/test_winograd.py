@@ -148,7 +148,7 @@ def test_maps_of_many_sizes_share_few_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conv", "transforms", "beats"),
+    ("conv", "expected", "beats"),
     [
         (nn.Conv2d(256, 256, 3, padding=1), True, True),
         (nn.Conv2d(128, 128, 3, padding=1), True, False),
@@ -160,8 +160,8 @@ def test_maps_of_many_sizes_share_few_weights() -> None:
         (nn.Conv2d(64, 64, 3, padding=1), False, False),
     ],
 )
-def test_what_it_stands_for(conv: nn.Conv2d, transforms: bool, beats: bool) -> None:
-    assert can_transform(conv) is transforms
+def test_what_it_stands_for(conv: nn.Conv2d, expected: bool, beats: bool) -> None:
+    assert can_transform(conv) is expected
     assert beats_bfloat16(conv) is beats
 
 
@@ -184,10 +184,11 @@ def test_few_and_small_maps_are_left_to_the_plain_sum(shape: tuple[int, ...], ex
 def test_a_layer_that_has_it_is_the_layer() -> None:
     torch.manual_seed(0)
     layer = ConvNorm(8, 8, kernel_size=3)
-    x = torch.randn(1, 8, 44, 52)
+    x, plus = torch.randn(1, 8, 44, 52), torch.randn(1, 8, 44, 52)
     small = x[:, :, :8, :8]
-    expected, of_small = layer(x), layer(small)
+    expected, with_sum, of_small = layer(x), layer(x, plus), layer(small)
     layer.winograd = Winograd(layer.conv)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=1e-4)
     assert not torch.equal(layer(x), expected)  # by the other way, then
     assert torch.equal(layer(small), of_small)  # by the plain sum still
