@@ -98,7 +98,7 @@ def test_r50_fpn_has_269_billion_as_our_notes_say() -> None:
     assert sum(counted.values()) / 1e9 == pytest.approx(268.9, abs=0.05)
 
 
-@pytest.mark.parametrize(("weights", "config", "left_out"), OF_TORCHVISION, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("weights", "config", "left_out"), OF_TORCHVISION, ids=["mask", "mask v2", "keypoint"])
 def test_sums_are_those_torchvision_publishes(
     weights: MaskWeights | MaskV2Weights | KeypointWeights, config: ModelConfig, left_out: set[str]
 ) -> None:
@@ -109,7 +109,7 @@ def test_sums_are_those_torchvision_publishes(
     )
 
 
-@pytest.mark.parametrize(("weights", "config", "_left_out"), OF_TORCHVISION, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("weights", "config", "_left_out"), OF_TORCHVISION, ids=["mask", "mask v2", "keypoint"])
 def test_the_parts_hold_every_parameter(
     weights: MaskWeights | MaskV2Weights | KeypointWeights, config: ModelConfig, _left_out: set[str]
 ) -> None:
