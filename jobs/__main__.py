@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from importlib.metadata import version
 
 from jobs.command import COMMANDS, run
 
@@ -12,6 +13,9 @@ from jobs.command import COMMANDS, run
 def main() -> None:
     """Run one subcommand and end with its exit status."""
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"maskline {version('maskline')}")
+        return
     if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
         _usage(arguments)
     name, *rest = arguments

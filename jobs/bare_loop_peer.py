@@ -13,7 +13,7 @@ from jobs.network_weights import load_weights
 from model.structures import sizes_of
 from pipeline import cluster, decode
 from pipeline.batching import DecodedImage, batches
-from pipeline.model_thread import Pixels, Segmenter
+from pipeline.segmenter import Pixels, Segmenter
 
 
 class ModelLoop:

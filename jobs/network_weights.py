@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Literal
 
 import model
-from model.weights import NAMES, WeightsInfo
 from pipeline import storage
 from pipeline.cluster import Device
 from pipeline.errors import ConfigError
-from pipeline.model_thread import Segmenter
+from pipeline.segmenter import Segmenter
 
 
-def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes, WeightsInfo]:
+def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes, model.WeightsInfo]:
     """The weights' bytes (a name stays a name) and what they are.
 
     Raises:
         ConfigError: there is no such file, it is not weights that this model understands, or not those of the `sha256`.
     """
+    from model.weights import NAMES
+
     shown = source if source in NAMES else storage.public_uri(source)
     try:
         weights: str | bytes = source if source in NAMES else storage.read_bytes(source)

@@ -22,8 +22,8 @@ from model.structures import Detections, ImageSize
 from pipeline import cluster
 from pipeline.cluster import WORKER_ENVIRONMENT
 from pipeline.errors import ConfigError
-from pipeline.model_thread import Pixels
 from pipeline.scenes import draw_scene
+from pipeline.segmenter import Pixels
 
 PIPELINE_SHARD, MODEL_SHARD = 500, 10
 """Images in a shard, so that each run has several."""

@@ -18,22 +18,22 @@ from typing import Any
 
 import duckdb
 
+import model
 from jobs import logs
 from jobs.command import run
 from jobs.network_weights import load_weights, read_weights
 from jobs.segment_config import SegmentConfig, parse_actors
-from model.weights import WeightsInfo
 from pipeline import cluster, commits, storage
 from pipeline.archive import ArchiveLimits, Listing, list_images
 from pipeline.cluster import Device
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.metrics import RunMetrics
-from pipeline.model_thread import Segmenter
 from pipeline.notify import notify
 from pipeline.progress import ProgressView
 from pipeline.report import write_report
 from pipeline.results import Results, TableMetadata, open_results
 from pipeline.schedule import Schedule, ScheduleConfig, Tick
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan
 from pipeline.summary import Summary
@@ -194,7 +194,7 @@ def _request_stop(stop: threading.Event, number: int, frame: object) -> None:
     faulthandler.dump_traceback_later(ScheduleConfig.grace_seconds + STOP_SECONDS, exit=True)
 
 
-def describe_table(config: SegmentConfig, info: WeightsInfo, precision: str) -> TableMetadata:
+def describe_table(config: SegmentConfig, info: model.WeightsInfo, precision: str) -> TableMetadata:
     """What rows were made with. Its hash tells the rows of these settings from others."""
     settings: dict[str, Any] = {
         "score_threshold": config.score_threshold,

@@ -13,21 +13,17 @@ import io
 import json
 import posixpath
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from model.ground_truth import GroundTruth
 from model.structures import ImageSize
 from pipeline import storage
-from pipeline.coco_annotations import Annotation, as_coco, checked_annotation, checked_size, draw
+from pipeline.coco_annotations import Annotation, as_coco, checked_annotation, checked_size
 from pipeline.coco_defects import Defects, Unusable, is_id, shown
 from pipeline.errors import ConfigError
 
-# G objects of an image, C crowd regions, K keypoints.
+# K keypoints.
 
 Wanted = frozenset[Literal["masks", "keypoints"]]
 
@@ -42,24 +38,6 @@ class CocoImage:
     size: ImageSize
     annotations: tuple[Annotation, ...]
     """The usable ones, crowds among them."""
-
-    def ground_truth(self, labels: Mapping[int, int], *, with_masks: bool, num_keypoints: int) -> GroundTruth:
-        """For training; ``labels`` brings category ids to class indices, ``num_keypoints`` is K, 0 for no keypoints."""
-        objects = [annotation for annotation in self.annotations if not annotation.is_crowd]
-        crowds = [annotation for annotation in self.annotations if annotation.is_crowd]
-        for annotation in objects:
-            if annotation.category_id not in labels:
-                raise ConfigError(
-                    f"no class for category {annotation.category_id}, that of annotation {annotation.annotation_id} of "
-                    f"image {self.image_id}; labels has {shown(sorted(labels))}"
-                )
-        return GroundTruth(
-            boxes=_boxes(objects),
-            labels=torch.tensor([labels[annotation.category_id] for annotation in objects], dtype=torch.int64),
-            masks=[draw(annotation, self.size) for annotation in objects] if with_masks else None,
-            keypoints=_keypoints(objects, num_keypoints) if num_keypoints else None,
-            crowd_boxes=_boxes(crowds),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,20 +259,6 @@ def _require_usable(dataset: CocoDataset, where: str, next_step: str) -> None:
         defects = dataset.defects
         found = "".join(f"\n{count:,} {kind}: {defects.examples[kind][0]}" for kind, count in defects.counts.items())
         raise ConfigError(f"no usable {lacking} in {where}; {next_step}{found}")
-
-
-# --------------------------------------------------------------------------------------------------------- converting
-
-
-def _boxes(annotations: Sequence[Annotation]) -> Tensor:
-    boxes = torch.tensor([annotation.box for annotation in annotations], dtype=torch.float32)
-    return boxes.reshape(-1, 4)  # (G, 4)
-
-
-def _keypoints(annotations: Sequence[Annotation], num_keypoints: int) -> Tensor:
-    nothing = (0.0,) * (3 * num_keypoints)
-    values = torch.tensor([annotation.keypoints or nothing for annotation in annotations], dtype=torch.float32)
-    return values.reshape(-1, num_keypoints, 3)  # (G, K, 3)
 
 
 def _give_ids_above_zero(annotations: list[dict[str, Any]]) -> None:

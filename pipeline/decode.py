@@ -14,17 +14,16 @@ damaged torchvision 0.29 ends the process with SIGSEGV, and it would save but 10
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
-import torchvision.io  # noqa: F401  registers torch.ops.image; its Python functions are deprecated and warn
 from numpy.typing import NDArray
 from PIL import Image, features
 from PIL.AvifImagePlugin import AvifImageFile
@@ -59,11 +58,6 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 LACKS_LAST_BLOCK = "JPEG: the data ends before the last block, though an end marker follows"
 
 _RGB_MODE = 3  # ImageReadMode.RGB: grey is replicated, alpha dropped
-_FAST_OPS = {
-    image_format: getattr(torch.ops.image, name)
-    for image_format, name in [("JPEG", "decode_jpeg"), ("WEBP", "decode_webp")]
-    if hasattr(torch.ops.image, name)  # torchvision means to remove them: Pillow then decodes everything
-}
 
 _FORMAT_MAGIC: list[tuple[str, bytes]] = [
     ("JPEG", JPEG_MAGIC),
@@ -142,6 +136,20 @@ class ImageHeader:
         return ImageSize(-(-height // self.shrink), -(-width // self.shrink))
 
 
+@functools.cache
+def fast_operators() -> dict[str, Callable[..., Any]]:
+    """torchvision's, by the format they decode. The first call imports it, for which a command that looks at no image
+    need not wait."""
+    import torch
+    import torchvision.io  # noqa: F401  registers torch.ops.image; its Python functions are deprecated and warn
+
+    return {
+        image_format: getattr(torch.ops.image, name)
+        for image_format, name in [("JPEG", "decode_jpeg"), ("WEBP", "decode_webp")]
+        if hasattr(torch.ops.image, name)  # torchvision means to remove them: Pillow then decodes everything
+    }
+
+
 def inspect(data: bytes, limits: DecodeLimits) -> ImageHeader:
     """Read type, size and orientation and refuse what is empty, foreign or too large; nothing is decoded."""
     if not data:
@@ -197,7 +205,7 @@ def _jpeg_header(data: bytes) -> ImageHeader:
         mode={1: "L", 3: "RGB", 4: "CMYK"}[num_components],
         size=size,
         orientation=exif_orientation(exif),
-        is_fast="JPEG" in _FAST_OPS and num_components != 4,
+        is_fast="JPEG" in fast_operators() and num_components != 4,
     )
 
 
@@ -215,7 +223,7 @@ def _pillow_header(data: bytes, image_format: str) -> ImageHeader:
         mode=image.mode,
         size=ImageSize(height, width),
         orientation=orientation if orientation in range(1, 9) else 1,
-        is_fast=image_format in _FAST_OPS and not getattr(image, "is_animated", False),
+        is_fast=image_format in fast_operators() and not getattr(image, "is_animated", False),
     )
 
 
@@ -235,9 +243,11 @@ def _is_cut(image_format: str, data: bytes) -> bool:
 
 
 def _decode_fast(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    import torch
+
     # The copy costs 0.2 % of a JPEG's decoding; without it torch warns that bytes are read-only.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    decoded = _FAST_OPS[header.format](encoded, _RGB_MODE)  # (3, H, W), a view of (H, W, 3)
+    decoded = fast_operators()[header.format](encoded, _RGB_MODE)  # (3, H, W), a view of (H, W, 3)
     pixels: NDArray[np.uint8] = decoded.permute(1, 2, 0).numpy()
     if header.format == "JPEG" and lacks_last_block(data, pixels):
         raise DecodeError("truncated", LACKS_LAST_BLOCK)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.structures import ImageSize
-from pipeline.decode import DecodeLimits, ImageHeader, inspect
+from pipeline.decode import DecodeLimits, ImageHeader, fast_operators, inspect
 from pipeline.errors import DecodeError, PipelineError
 
 START_TIMEOUT_SECONDS = 120.0
@@ -135,6 +135,7 @@ def _main(file_number: str, function: str, limits: str) -> None:
     module, name = function.split(":")
     decode: Decode = getattr(importlib.import_module(module), name)
     max_image_bytes, max_image_pixels = map(int, limits.split(","))
+    fast_operators()  # loaded before memory and time are bounded
     if sys.platform == "linux":
         _limit_memory()
     _serve(

@@ -19,37 +19,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import PriorityQueue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from model.structures import Detections, ImageSize, sizes_of
 from pipeline import storage
+from pipeline.segmenter import Pixels, Segmenter
 from pipeline.shard_attempts import ActorUse
 
 logger = logging.getLogger(__name__)
-
-Pixels = NDArray[np.uint8]
-
-
-class Segmenter(Protocol):
-    """What an actor needs of a model. ``model.MaskRCNN`` is one."""
-
-    @property
-    def batch_size(self) -> int:
-        """Images of one padded size in a batch."""
-
-    def padded_size(self, size: ImageSize) -> ImageSize:
-        """The input size of an image; images of one batch share it."""
-
-    def detect(self, images: Sequence[Pixels], score_threshold: float, *, sizes: Sequence[ImageSize]) -> Any:
-        """The device's part: pixels (H, W, 3) uint8 in, something that ``encode`` takes out. Of the images `sizes` the
-        pixels may be smaller versions."""
-
-    def encode(self, raw: Any, score_threshold: float) -> list[Detections]:
-        """The host's part, one Detections for each image."""
 
 
 class _Batch(NamedTuple):

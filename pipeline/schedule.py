@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pipeline.errors import ConfigError
-from pipeline.model_thread import Segmenter
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig, Attempt, ShardOutcome
 from pipeline.shards import Shard
 from pipeline.tally import Tally

@@ -26,9 +26,10 @@ from pipeline.commits import Commit
 from pipeline.decode import ImageHeader
 from pipeline.errors import DecodeError
 from pipeline.isolated_decoder import IsolatedDecoder
-from pipeline.model_thread import ModelThread, Segmenter
+from pipeline.model_thread import ModelThread
 from pipeline.ordered_reads import on_pool
 from pipeline.results import ShardRows
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig, ActorProgress, Attempt, ShardOutcome, StageSeconds
 from pipeline.shards import Shard
 
@@ -66,7 +67,8 @@ class SegmentActor:
         self._lock = threading.Lock()
 
     def ready(self) -> int:
-        """Load the model, and answer with the process id. Called once, before any shard."""
+        """Load the decoders and the model, and answer with the process id. Called once, before any shard."""
+        decode.fast_operators()
         self._model = ModelThread(self._load_segmenter, self.config.score_threshold)
         return os.getpid()
 

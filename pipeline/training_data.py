@@ -27,6 +27,7 @@ from pipeline import augment, decode, storage
 from pipeline.augment import AugmentConfig, Geometry
 from pipeline.batch_sampler import Sample, batches, share
 from pipeline.coco import CocoDataset, CocoImage
+from pipeline.coco_ground_truth import ground_truth
 from pipeline.errors import DecodeError
 from pipeline.image_cache import ImageCache
 
@@ -127,8 +128,8 @@ class TrainingImages(Dataset[LoadedBatch]):
             logger.warning("%s is not trained on: %s", image.file_name, error)
             return *self._nothing(geometry), f"{image.file_name}: {error}"
         config = self.loading.config
-        truth = image.ground_truth(
-            self.loading.labels, with_masks=config.mask_head != "none", num_keypoints=config.num_keypoints
+        truth = ground_truth(
+            image, self.loading.labels, with_masks=config.mask_head != "none", num_keypoints=config.num_keypoints
         )
         changed = augment.apply(
             pixels,

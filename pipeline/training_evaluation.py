@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from model import Detections
 from pipeline.coco import CocoDataset, CocoImage
 from pipeline.coco_evaluation import Kind, Result, category_mapping, score, to_coco_results
+from pipeline.coco_ground_truth import ground_truth
 from pipeline.errors import DecodeError
 from pipeline.image_cache import ImageCache
 from pipeline.training_data import read_pixels, val_share
@@ -79,8 +80,8 @@ class Evaluator:
         truths = []
         for image, _, _ in shown:
             known = tuple(one for one in image.annotations if one.category_id in labels)
-            truth = replace(image, annotations=known).ground_truth(
-                labels, with_masks="segm" in self.kinds, num_keypoints=0
+            truth = ground_truth(
+                replace(image, annotations=known), labels, with_masks="segm" in self.kinds, num_keypoints=0
             )
             truths.append(truth_as_detections(image.size, truth, self.categories))
         return predictions([pixels for _, pixels, _ in shown], truths, [found for _, _, found in shown])

@@ -13,8 +13,7 @@ import ray.exceptions
 
 from pipeline import cluster
 from pipeline.errors import PipelineError
-from pipeline.model_thread import Segmenter
-from pipeline.segment_actor import SegmentActor
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig, ActorProgress, Attempt, ShardOutcome
 from pipeline.shards import Shard
 
@@ -109,6 +108,8 @@ class WorkerPool:
         gpus_per_actor: float,
         cpus_per_actor: float,
     ) -> None:
+        from pipeline.segment_actor import SegmentActor  # brings torch, for which --help need not wait
+
         self.workers: list[Worker] = []
         self.num_deaths = 0
         self._actor = ray.remote(SegmentActor).options(

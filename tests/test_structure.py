@@ -89,6 +89,21 @@ def test_importing_everything_does_nothing(tmp_path: Path) -> None:
     assert run.stdout == ""
 
 
+def test_commands_that_compute_nothing_wait_for_no_torch() -> None:
+    names = ["segment", "segment_config", "report", "view", "export", "sql", "evaluate", "proposals", "draw", "demo"]
+    script = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(f'jobs.{{name}}')\n"
+    script += "assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_model_has_all_that_it_names() -> None:
+    import model
+
+    assert {name: getattr(model, name).__name__ for name in model.__all__} == {name: name for name in model.__all__}
+    assert not hasattr(model, "nothing_of_that_name")
+
+
 def test_readme_maps_every_file() -> None:
     readme = (ROOT / "README.md").read_text()
     missing = [

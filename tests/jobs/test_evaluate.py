@@ -25,6 +25,7 @@ from pipeline.archive import list_images, read_images
 from pipeline.coco_evaluation import STAT_NAMES, Kind
 from pipeline.errors import ConfigError, DecodeError
 from pipeline.scenes import CATEGORIES, write_archive
+from tests.jobs.conftest import small_network
 from tests.jobs.test_segment import last_json, maskline
 from tests.pipeline.test_coco_evaluation import write_results
 
@@ -52,9 +53,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def net() -> model.MaskRCNN:
-    categories = dict(enumerate(CATEGORIES, start=1))
-    config = model.R18_FPN(num_classes=len(CATEGORIES) + 1, min_size=96, max_size=160)
-    return model.random_network(config, seed=0, categories=categories)
+    return small_network(dict(enumerate(CATEGORIES, start=1)))
 
 
 @pytest.fixture(scope="module")

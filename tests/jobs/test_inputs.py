@@ -21,6 +21,7 @@ from jobs.segment_config import SegmentConfig
 from pipeline import storage
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
+from tests.jobs.conftest import small_network
 from tests.pipeline.archives import tar_bytes, zip_bytes
 
 DATA = Path(os.environ.get("MASKLINE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -111,8 +112,7 @@ def check(images: dict[str, bytes], bucket: str, tmp_path: Path, net: model.Mask
 def test_every_form_of_an_archive_gives_the_same_instances(local_ray: str, tmp_path: Path) -> None:
     write_archive(tmp_path / "drawn", num_images=9, seed=3)
     images = {path.name: path.read_bytes() for path in sorted((tmp_path / "drawn").rglob("*.jpg"))}
-    net = model.random_network(model.R18_FPN(num_classes=6, min_size=96, max_size=160), seed=0)
-    check(images, local_ray, tmp_path, net)
+    check(images, local_ray, tmp_path, small_network())
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from model.structures import ImageSize, Rle
 from pipeline import storage
 from pipeline.coco import CocoDataset, find_missing_files, read_coco
 from pipeline.coco_defects import MAX_EXAMPLES, Defects
+from pipeline.coco_ground_truth import ground_truth
 from pipeline.errors import ConfigError
 from tests.model.conftest import DATA
 
@@ -199,7 +200,7 @@ def test_one_shape_in_every_form_gives_one_mask(tmp_path: Path) -> None:
     forms.append([[2, 3, 8, 9, 2, 9], [2, 3, 8, 3, 8, 9]])
     dataset = read(tmp_path, document(*[annotation(index, segmentation=form) for index, form in enumerate(forms, 1)]))
     assert len(dataset.defects) == 0
-    truth = dataset.images[0].ground_truth({7: 1}, with_masks=True, num_keypoints=0)
+    truth = ground_truth(dataset.images[0], {7: 1}, with_masks=True, num_keypoints=0)
     assert [type(mask["counts"]) for mask in masks_of(truth.masks)] == [bytes] * 6
     for mask in masks_of(truth.masks)[:-1]:
         assert np.array_equal(decode(mask), expected)
@@ -218,7 +219,7 @@ def assert_masks_are_pycocotools(path: Path, dataset: CocoDataset, *, num_images
         indices = (COCO(str(path)), dataset.coco())
     for image in dataset.images[:num_images]:
         objects = [item for item in image.annotations if not item.is_crowd]
-        truth = image.ground_truth(labels, with_masks=True, num_keypoints=0)
+        truth = ground_truth(image, labels, with_masks=True, num_keypoints=0)
         for item, mask in zip(objects, masks_of(truth.masks), strict=True):
             for index in indices:
                 assert np.array_equal(decode(mask), index.annToMask(index.anns[item.annotation_id]))
@@ -234,7 +235,7 @@ def test_ground_truth_has_the_objects_and_the_crowds(tmp_path: Path) -> None:
         wanted=KEYPOINTS,
     )
     assert (dataset.num_keypoints, len(dataset.defects), kept(dataset)) == (2, 0, [100, 5, 6])
-    truth = dataset.images[0].ground_truth({7: 3, 9: 1}, with_masks=False, num_keypoints=2)
+    truth = ground_truth(dataset.images[0], {7: 3, 9: 1}, with_masks=False, num_keypoints=2)
     assert truth.boxes.dtype == torch.float32
     assert truth.boxes.tolist() == [[2, 3, 8, 9]] * 2
     assert truth.labels.dtype == torch.int64
@@ -245,11 +246,11 @@ def test_ground_truth_has_the_objects_and_the_crowds(tmp_path: Path) -> None:
     assert truth.crowd_boxes is not None
     assert truth.crowd_boxes.tolist() == [[10, 0, 30, 5]]
     with pytest.raises(ConfigError, match="category 9, that of annotation 5 of image 1"):
-        dataset.images[0].ground_truth({7: 3}, with_masks=True, num_keypoints=0)
+        ground_truth(dataset.images[0], {7: 3}, with_masks=True, num_keypoints=0)
 
 
 def test_an_image_without_objects_has_empty_ground_truth(tmp_path: Path) -> None:
-    truth = read(tmp_path, document()).images[1].ground_truth({7: 1}, with_masks=True, num_keypoints=3)
+    truth = ground_truth(read(tmp_path, document()).images[1], {7: 1}, with_masks=True, num_keypoints=3)
     assert truth.keypoints is not None
     assert truth.crowd_boxes is not None
     shapes = (truth.boxes.shape, truth.labels.shape, truth.keypoints.shape, truth.crowd_boxes.shape)
@@ -273,7 +274,7 @@ def test_what_is_not_wanted_is_not_required(tmp_path: Path) -> None:
     assert (kept(dataset), len(dataset.defects)) == ([100, 5, 6], 0)
     assert [item.segmentation for item in dataset.images[0].annotations] == [None] * 3
     with pytest.raises(ValueError, match="annotation 100 has no mask"):
-        dataset.images[0].ground_truth({7: 1}, with_masks=True, num_keypoints=0)
+        ground_truth(dataset.images[0], {7: 1}, with_masks=True, num_keypoints=0)
 
 
 @pytest.mark.parametrize(("nums", "found"), [((0, 0), "no"), ((17, 5), "5 and 17")])
@@ -373,7 +374,7 @@ def test_a_perfect_answer_scores_one(tmp_path: Path, iou_type: str, capsys: pyte
     answers = [
         {
             "image_id": image.image_id, "category_id": 7, "score": 1.0, "bbox": [2, 3, 6, 6], "keypoints": points,
-            "segmentation": image.ground_truth({7: 1}, with_masks=True, num_keypoints=0).masks[0],  # type: ignore[index]
+            "segmentation": ground_truth(image, {7: 1}, with_masks=True, num_keypoints=0).masks[0],  # type: ignore[index]
         }
         for image in dataset.images
     ]  # fmt: skip
@@ -440,7 +441,7 @@ def test_garbage_is_counted_and_nothing_else_happens(
     assert 100 in kept(dataset)
     index = dataset.coco()
     for image in dataset.images:
-        truth = image.ground_truth({7: 1}, with_masks=True, num_keypoints=2)
+        truth = ground_truth(image, {7: 1}, with_masks=True, num_keypoints=2)
         assert (truth.boxes[:, 2:] > truth.boxes[:, :2]).all()
         for mask in masks_of(truth.masks):
             assert decode(mask).any()
@@ -470,7 +471,7 @@ def test_a_run_length_string_passes_only_if_it_fills_the_image(scratch: Path, ma
         annotation(2, bbox=[0, 0, 6, 4], segmentation=changed),
     ]
     dataset = read(scratch, document(images=[image], annotations=items))
-    truth = dataset.images[0].ground_truth({7: 1}, with_masks=True, num_keypoints=0)
+    truth = ground_truth(dataset.images[0], {7: 1}, with_masks=True, num_keypoints=0)
     masks = masks_of(truth.masks)
     assert np.array_equal(decode(masks[0]), bits)
     for rle in masks:

@@ -35,9 +35,9 @@ from model.structures import ImageSize
 from pipeline import commits, results, storage
 from pipeline.commits import Commit
 from pipeline.errors import CommitError
-from pipeline.model_thread import Segmenter
 from pipeline.results import Results
 from pipeline.segment_actor import SegmentActor, Work
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig, ActorUse, Attempt
 from pipeline.shards import Plan, Shard, ShardConfig
 from pipeline.summary import new_run_id

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.structures import Detections, ImageSize
-from pipeline.model_thread import ModelThread, Pixels
+from pipeline.model_thread import ModelThread
+from pipeline.segmenter import Pixels
 from tests.reference.tiny_segmenter import TinySegmenter
 
 

@@ -19,9 +19,9 @@ from pipeline.archive import list_images
 from pipeline.decode import decode
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.isolated_decoder import Decode
-from pipeline.model_thread import Segmenter
 from pipeline.results import Results, TableMetadata, open_results
 from pipeline.schedule import Schedule, ScheduleConfig, ScheduleResult, Tick
+from pipeline.segmenter import Segmenter
 from pipeline.shard_attempts import ActorConfig
 from pipeline.shards import Plan, ShardConfig
 from pipeline.summary import Summary
