@@ -16,7 +16,7 @@ from jobs.command import COMMANDS, run
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionConfig:
-    """Print a completion script: source <(maskline completion bash)"""
+    """Print a completion script, for a file that the shell reads."""
 
     shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
     """The shell that is to read it."""

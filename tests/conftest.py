@@ -27,6 +27,8 @@ from tests.pipeline.s3_server import FaultyProxy, running_server
 # imported, and torchvision imports it: a conftest below this one, next to those that import a network, is too late.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Ray's workers would give way to whatever else computes, and so to the tests beside theirs.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
