@@ -108,7 +108,8 @@ def prepare(config: TrainConfig, make_trainee: MakeTrainee = our_trainee) -> Tas
     if not config.keep_empty:
         num_before = len(dataset.images)
         dataset = with_objects(dataset)
-        print(f"{num_before - len(dataset.images)} images without objects are left out; --keep-empty trains on them")
+        if num_empty := num_before - len(dataset.images):
+            print(f"{num_empty} images without objects are left out; --keep-empty trains on them")
     start = starting_network(
         name=config.model,
         init=config.init,

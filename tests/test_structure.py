@@ -101,6 +101,7 @@ def test_model_has_all_that_it_names() -> None:
     import model
 
     assert {name: getattr(model, name).__name__ for name in model.__all__} == {name: name for name in model.__all__}
+    assert set(model.__all__) <= set(dir(model))
     assert not hasattr(model, "nothing_of_that_name")
 
 

@@ -116,16 +116,54 @@ def wait_for(condition: Callable[[], bool], run: subprocess.Popen[bytes], output
         time.sleep(0.05)
 
 
+DEFECTS = {
+    "zero_area",
+    "outside_image",
+    "unknown_category",
+    "unknown_image",
+    "bad_segmentation",
+    "duplicate_annotation_id",
+    "duplicate_image_id",
+}
+
+
+@pytest.fixture(scope="module")
+def with_defects(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``train.json`` with one more entry for each of DEFECTS, and an image whose file is not there."""
+    document = json.loads((folder / "train.json").read_text())
+    first, second = document["images"][:2]
+    one = document["annotations"][0]
+    added: list[dict[str, Any]] = [
+        {**one, "id": 90_001, "bbox": [5, 5, 0, 9]},
+        {**one, "id": 90_002, "bbox": [9_000, 5, 20, 20]},
+        {**one, "id": 90_003, "category_id": 77},
+        {**one, "id": 90_004, "image_id": 90_000},
+        {**one, "id": 90_005, "segmentation": [[1, 2, 3]]},
+        {**one},
+    ]
+    missing = {**first, "id": 80_001, "file_name": "loose/00/gone.jpg"}
+    twice = {**second, "file_name": "loose/00/other.jpg"}
+    document["annotations"] += [*added, {**one, "id": 90_006, "image_id": 80_001}]
+    document["images"] += [missing, twice]
+    annotations = tmp_path_factory.mktemp("defects") / "defects.json"
+    annotations.write_text(json.dumps(document))
+    assert read_coco(str(annotations)).defects.counts == dict.fromkeys(DEFECTS, 1)
+    return annotations
+
+
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> History:
     """12 steps, 3 epochs, of two workers."""
     return finish(folder, tmp_path_factory.mktemp("undisturbed") / "out", "--epochs", 3, "--workers", 2, *IN_DOUBLE)
 
 
-def test_a_run_leaves_what_it_promises(folder: Path, tmp_path: Path) -> None:
+def test_a_run_names_defects_and_leaves_what_it_promises(folder: Path, with_defects: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    val = ("--val-annotations", folder / "val.json", "--val-images", folder)
-    history = finish(folder, output, "--epochs", 1.5, *val, "--evaluate-every", 0.5, "--optimiser.ema", 0.9, "--json")
+    data = ("--train-annotations", with_defects, "--val-annotations", folder / "val.json", "--val-images", folder)
+    history = finish(folder, output, "--epochs", 1.5, *data, "--evaluate-every", 0.5, "--optimiser.ema", 0.9, "--json")
+    for kind in (*DEFECTS, "missing_file"):
+        assert kind in said(output)
+    assert "train on 16 images" in said(output)
     assert [record.step for record in history.steps] == list(range(6))
     assert [record.step for record in history.evaluations] == [1, 3, 5]
     assert set(history.evaluations[-1].scores) >= {"bbox AP", "segm AP", "segm AP50"}
@@ -211,36 +249,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     assert "loose/00/scene_" in said(output)
     assert "rpn_objectness" in said(output)
     assert list((output / "checkpoints").iterdir())
-
-
-def test_defects_are_named_and_training_goes_on(folder: Path, tmp_path: Path) -> None:
-    document = json.loads((folder / "train.json").read_text())
-    first, second = document["images"][:2]
-    one = document["annotations"][0]
-    added: list[dict[str, Any]] = [
-        {**one, "id": 90_001, "bbox": [5, 5, 0, 9]},
-        {**one, "id": 90_002, "bbox": [9_000, 5, 20, 20]},
-        {**one, "id": 90_003, "category_id": 77},
-        {**one, "id": 90_004, "image_id": 90_000},
-        {**one, "id": 90_005, "segmentation": [[1, 2, 3]]},
-        {**one},
-    ]
-    missing = {**first, "id": 80_001, "file_name": "loose/00/gone.jpg"}
-    twice = {**second, "file_name": "loose/00/other.jpg"}
-    document["annotations"] += [*added, {**one, "id": 90_006, "image_id": 80_001}]
-    document["images"] += [missing, twice]
-    annotations = tmp_path / "defects.json"
-    annotations.write_text(json.dumps(document))
-    kinds = {"zero_area", "outside_image", "unknown_category", "unknown_image", "bad_segmentation"}
-    kinds |= {"duplicate_annotation_id", "duplicate_image_id"}
-    assert read_coco(str(annotations)).defects.counts == dict.fromkeys(kinds, 1)
-
-    output = tmp_path / "out"
-    history = finish(folder, output, "--epochs", 0.5, "--train-annotations", annotations)
-    assert len(history.steps) == 2
-    for kind in (*kinds, "missing_file"):
-        assert kind in said(output)
-    assert "train on 16 images" in said(output)
 
 
 def test_nothing_usable_is_refused(folder: Path, tmp_path: Path) -> None:
