@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
 import model
@@ -139,6 +140,7 @@ class World:
             with suppress(Exception):  # of some processes nothing is left
                 node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
         self.end_all([pid for pid in processes.descendants(os.getpid()) if "ray" in processes.command(pid)])
+        reset_ray_address()  # of the cluster last started here, which Ray Train would wait for
 
     @staticmethod
     def end_all(pids: Sequence[int]) -> None:
