@@ -157,6 +157,7 @@ def inspect(data: bytes, limits: DecodeLimits) -> ImageHeader:
     if len(data) > limits.max_image_bytes:
         raise DecodeError("too_large", f"{len(data)} bytes, more than max_image_bytes={limits.max_image_bytes}")
     image_format = _sniff(data)
+    fast_operators()  # here, where that it cannot be imported is not held against the image
     with _mapped_errors(image_format, data):
         header = _jpeg_header(data) if image_format == "JPEG" else _pillow_header(data, image_format)
     height, width = header.size

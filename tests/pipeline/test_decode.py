@@ -245,3 +245,12 @@ def test_header_says_what_is_decoded_how() -> None:
     header = inspect(encode_jpeg(PICTURE), LIMITS)
     assert header == ImageHeader(format="JPEG", mode="RGB", size=SIZE, orientation=1, is_fast=True)
     assert not inspect(encode(PICTURE, "PNG"), LIMITS).is_fast
+
+
+def test_a_decoder_that_cannot_be_imported_is_not_held_against_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ImportError("libjpeg.so.8: cannot open shared object file")
+
+    monkeypatch.setattr("pipeline.decode.fast_operators", broken)
+    with pytest.raises(ImportError, match="libjpeg"):
+        inspect(encode(PICTURE, "JPEG"), LIMITS)
