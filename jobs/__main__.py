@@ -31,7 +31,10 @@ def _usage(arguments: list[str]) -> None:
         close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         print(f"maskline: there is no command {arguments[0]!r}{hint}", file=stream)
-    print("usage: maskline {" + ",".join(COMMANDS) + "} …; maskline COMMAND --help for its options", file=stream)
+    print(
+        "usage: maskline {" + ",".join(COMMANDS) + "} …; maskline COMMAND --help for its options; --version",
+        file=stream,
+    )
     sys.exit(0 if asked else 2)
 
 
