@@ -17,7 +17,7 @@ def read_weights(source: str, *, sha256: str | None = None) -> tuple[str | bytes
     Raises:
         ConfigError: there is no such file, it is not weights that this model understands, or not those of the `sha256`.
     """
-    from model.weights import NAMES
+    from model.weights import NAMES  # brings torch, for which --help need not wait
 
     shown = source if source in NAMES else storage.public_uri(source)
     try:

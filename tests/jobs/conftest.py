@@ -14,13 +14,13 @@ from model.recipe import Recipe
 
 CHROMIUM = shutil.which("chromium") or os.environ.get("MASKLINE_CHROMIUM", "")
 
-LITTLE = Recipe(rpn_post_nms=100)
-"""Work, for tests of what is around a network."""
+FEW_PROPOSALS = Recipe(rpn_post_nms=100)
+"""For tests of what is around a network."""
 
 
 def small_network(categories: dict[int, str] | None = None) -> model.MaskRCNN:
     config = model.R18_half_FPN(num_classes=6, min_size=96, max_size=160)
-    return model.random_network(config, seed=0, recipe=LITTLE, categories=categories)
+    return model.random_network(config, seed=0, recipe=FEW_PROPOSALS, categories=categories)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from jobs.segment_config import SegmentConfig
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
 from tests.conftest import new_root
-from tests.jobs.conftest import LITTLE, small_network
+from tests.jobs.conftest import FEW_PROPOSALS, small_network
 from tests.pipeline.bad_images import make_bad_images
 from tests.pipeline.s3_server import FaultyProxy
 
@@ -270,7 +270,7 @@ def test_a_keypoint_network_leaves_keypoints_and_no_masks(archive: Path, tmp_pat
         keypoint_channels=16,
     )
     weights, output = tmp_path / "keypoints.safetensors", tmp_path / "out"
-    model.save(model.random_network(config, seed=0, recipe=LITTLE), weights)
+    model.save(model.random_network(config, seed=0, recipe=FEW_PROPOSALS), weights)
     summary = last_json(maskline("segment", archive / "loose", "--output", output, "--weights", weights, "--json"))
     rows = open_results(str(output)).instances().to_table().to_pylist()
     assert len(rows) == summary["instances"] > 0
@@ -284,7 +284,7 @@ def test_a_keypoint_network_leaves_keypoints_and_no_masks(archive: Path, tmp_pat
 def test_a_network_that_needs_proposals_is_refused_with_the_way_out(archive: Path, tmp_path: Path) -> None:
     config = replace(model.R18_FPN(num_classes=3, min_size=96, max_size=160), proposals="given", mask_head="none")
     weights = tmp_path / "fast.safetensors"
-    model.save(model.random_network(config, seed=0, recipe=LITTLE), weights)
+    model.save(model.random_network(config, seed=0), weights)
     run = maskline("segment", archive, "--output", tmp_path / "out", "--weights", weights)
     assert run.returncode == 2
     assert "fast.safetensors are a Fast R-CNN" in run.stderr
