@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.integer_winograd import IntegerWinograd
 from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
 from model.winograd import Winograd
@@ -53,7 +54,7 @@ class ConvNorm(nn.Module):
         self.relu = relu
         self.fused: FusedConv | None = None
         """What runs it as one operation, which wants channels-last, no norm and no gradients."""
-        self.winograd: Winograd | None = None
+        self.winograd: Winograd | IntegerWinograd | None = None
         """What convolves many or large maps, where that is the faster form."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

@@ -36,6 +36,7 @@ BLOCK_TILES = 450
 """Computed at once: enough for fast products, few enough that what passes from one to the next stays in the cache."""
 
 _POINTS = {
+    5: (1 / 3, -1 / 3, 4 / 5, -4 / 5, 5 / 3, -5 / 3),
     6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2),
     7: (0, 1, -1, 1 / 2, -1 / 2, 4 / 3, -4 / 3, 3),
     8: (0, 1, -1, 2, -2, 1 / 3, -1 / 3, 5 / 4, -5 / 4),
