@@ -55,11 +55,11 @@ class ConvNorm(nn.Module):
         self.fused: FusedConv | None = None
         """What runs it as one operation, which wants channels-last, no norm and no gradients."""
         self.winograd: Winograd | IntegerWinograd | None = None
-        """What convolves many or large maps, where that is the faster form."""
+        """What convolves on a CPU where that is the faster form."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """`plus` is added before the ReLU, and may be overwritten: the shortcut of a block."""
-        if self.winograd is not None and self.winograd.pays(x.shape):
+        if self.winograd is not None:
             return self.winograd(x, plus, relu=self.relu)
         if self.fused is not None:
             return self.fused(self.conv, x, plus, relu=self.relu)

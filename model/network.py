@@ -26,7 +26,7 @@ from model.recipe import Recipe
 from model.resnet import ARCHITECTURES, BasicBlock, Bottleneck, ResNet
 from model.rounding import to_bfloat16
 from model.rpn import RPNHead
-from model.winograd import COARSE_TILE, PRECISE_TILE, Winograd, beats_bfloat16, can_transform
+from model.winograd import Winograd, can_transform
 
 Precision = Literal["fp32", "bf16"]
 """Of the convolutions and linear layers."""
@@ -152,9 +152,7 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     if precision == "bf16":
         _round(running, device)
     if device.type == "cpu" and not exact:
-        _fuse_on_cpu(running, PRECISE_TILE if precision == "fp32" else COARSE_TILE)
-        if precision == "bf16" and not _has_bf16_tiles():
-            _quantise(running)
+        _fuse_on_cpu(running, precision)
     if run_kernels_on(device) and not exact:
         _fuse_on_cuda(running)
     return running.requires_grad_(False).to(device)
@@ -163,17 +161,15 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
 def _round(network: Network, device: torch.device) -> None:
     """To bfloat16, but for the box head's outputs and, on a CPU, what costs little or nothing there in float32.
 
-    That is the stem, whose roundings each later layer inherits, the box head's small layer, and, but on processors with
-    tiles of bfloat16, the RPN and what Winograd makes faster on large maps and many masks.
+    That is the stem, whose roundings each later layer inherits, the box head's small layer, the weights of which
+    integers are made and, but on processors with tiles of bfloat16, the RPN.
     """
     head = network.box_head
     precise: list[nn.Module] = [head.class_logits, head.deltas]
     if device.type == "cpu":
-        precise += [network.body.stem, *head.fcs[1:]]
-        if not _has_bf16_tiles():
-            precise += _quantisable(network)
-            precise += _wide_on_large_maps(network)
-            precise += [] if network.rpn is None else [network.rpn]
+        precise += [network.body.stem, *head.fcs[1:], *_in_integers(network)]
+        if network.rpn is not None and not _has_bf16_tiles():
+            precise.append(network.rpn)
     kept = {id(parameter) for part in precise for parameter in part.parameters()}
     if device.type == "cpu" and can_fuse_on_cpu(torch.bfloat16):
         kept |= {id(part.conv.bias) for part in network.modules() if isinstance(part, ConvNorm)}
@@ -186,19 +182,12 @@ def _round(network: Network, device: torch.device) -> None:
             parameter.data = rounded.contiguous(memory_format=torch.channels_last) if is_kernel else rounded
 
 
-def _quantisable(network: Network) -> list[nn.Module]:
-    """Convolutions that run in 16-bit integers in place of bfloat16: faster, and rounded less."""
+def _in_integers(network: Network) -> list[ConvNorm]:
+    """Convolutions that a CPU computes in 16-bit integers in place of bfloat16: faster, and rounded less."""
+    if _has_bf16_tiles():
+        return []
     parts = [part for part in network.modules() if isinstance(part, ConvNorm) and part.norm is None]
     return [part for part in parts if can_quantise(part.conv)]
-
-
-def _wide_on_large_maps(network: Network) -> list[nn.Module]:
-    """Convolutions that are faster in float32 than in bfloat16: of P2 and P3, and of the masks by the hundred."""
-    layers = [] if network.fpn is None else list(network.fpn.output[:2])
-    layers += list(network.mask_head.convs) if isinstance(network.mask_head, MaskHead) else []
-    return [
-        layer for layer in layers if isinstance(layer, ConvNorm) and layer.norm is None and beats_bfloat16(layer.conv)
-    ]
 
 
 def _has_bf16_tiles() -> bool:
@@ -206,26 +195,23 @@ def _has_bf16_tiles() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def _fuse_on_cpu(network: Network, tile: int) -> None:
-    """Let convolutions without a norm run as one operation with what follows, in float32 by Winograd where it pays."""
+def _fuse_on_cpu(network: Network, precision: Precision) -> None:
+    """Let convolutions without a norm run as one operation with what follows, and by Winograd where that pays."""
     for part in network.modules():
         if isinstance(part, ConvNorm) and part.norm is None:
             part.fused = onednn_conv if can_fuse_on_cpu(part.conv.weight.dtype) else None
             if part.conv.weight.dtype == torch.float32 and can_transform(part.conv):
-                part.winograd = Winograd(part.conv, tile)
+                part.winograd = Winograd(part.conv)
         elif isinstance(part, RPNHead):
             part.fused = part.objectness.weight.dtype == torch.float32
         elif isinstance(part, MaskHead):
             part.fused = can_fuse_on_cpu(part.upsample.weight.dtype)
-
-
-def _quantise(network: Network) -> None:
-    """Between the layers of RPN and mask head nothing is rounded."""
-    precise = [head for head in (network.rpn, network.mask_head) if head is not None]
-    in_float32 = {id(part) for head in precise for part in head.modules()}
-    for part in _quantisable(network):
-        assert isinstance(part, ConvNorm)
-        part.winograd = IntegerWinograd(part.conv, torch.float32 if id(part) in in_float32 else torch.bfloat16)
+    if precision == "bf16":
+        # Between the layers of these heads nothing is rounded.
+        heads = [head for head in (network.rpn, network.mask_head) if head is not None]
+        in_float32 = {part for head in heads for part in head.modules()}
+        for part in _in_integers(network):
+            part.winograd = IntegerWinograd(part.conv, torch.float32 if part in in_float32 else torch.bfloat16)
 
 
 def _fuse_on_cuda(network: Network) -> None:

@@ -3,7 +3,7 @@
 Maps enter and leave, channels-last. A tile of m × m outputs costs (m + 2)² products where the plain sum takes 9 m²;
 some of what is gained goes to the transforms before and after, which are products of small matrices. A larger tile is
 the faster and rounds more: outputs that spread by one are off by 4·10⁻⁶ (root mean square) with tiles of 6, by 2·10⁻⁵
-with those of 7, by 5·10⁻⁵ with those of 8.
+with those of 7.
 
 What is not finite spreads to the other outputs of its tile and, at the left border, to the last tile of the row before.
 """
@@ -20,16 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.fused_conv import can_fuse_on_cpu, onednn
+from model.fused_conv import can_fuse_on_cpu, onednn, onednn_conv
 
-PRECISE_TILE, COARSE_TILE, POOLED_TILE = 6, 8, 7
-"""Outputs of a tile along an axis: for a network in float32; for one in bfloat16, which rounds more than any tile; and
-in both for the maps that heads pool, which a tile of 7 fits."""
+TILE, POOLED_TILE = 6, 7
+"""Outputs of a tile along an axis: of most maps, and of those that heads pool, which a tile of 7 fits."""
 POOLED_SIDES = (7, 14)
 CHANNELS = range(96, 385)
 """With fewer the transforms cost what the products spare; with 512 the weight of a layer takes 85 MB."""
-WIDE = 192
-"""Channels from which it is faster than the plain sum in bfloat16, too, on a processor without tiles of that."""
 MIN_TILES = 20
 """Of a whole batch of maps: below, the products are too small."""
 BLOCK_TILES = 450
@@ -39,7 +36,6 @@ _POINTS = {
     5: (1 / 3, -1 / 3, 4 / 5, -4 / 5, 5 / 3, -5 / 3),
     6: (0, 1, -1, 2, -2, 1 / 2, -1 / 2),
     7: (0, 1, -1, 1 / 2, -1 / 2, 4 / 3, -4 / 3, 3),
-    8: (0, 1, -1, 2, -2, 1 / 3, -1 / 3, 5 / 4, -5 / 4),
 }
 """Of each tile, and infinity: of those tried the ones that round least."""
 _ONE = 1
@@ -59,30 +55,29 @@ def can_transform(conv: nn.Conv2d) -> bool:
     )
 
 
-def beats_bfloat16(conv: nn.Conv2d) -> bool:
-    """Whether it may be the faster form of `conv` even beside bfloat16's plain sum."""
-    return can_transform(conv) and min(conv.in_channels, conv.out_channels) >= WIDE
-
-
 class Winograd:
-    """A 3×3 convolution at stride 1, padded by one, by `tile` × `tile` outputs at once. No gradients."""
+    """A 3×3 convolution at stride 1, padded by one. No gradients."""
 
-    def __init__(self, conv: nn.Conv2d, tile: int = PRECISE_TILE) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         self.conv = conv
-        self.tile = tile
         self._layouts: dict[tuple[int, int], bytes] = {}
         self._weights: dict[bytes, list[Tensor]] = {}
 
     def pays(self, shape: torch.Size) -> bool:
         """Whether maps (N, C, H, W) are so many and so large that it is the faster form."""
         num_images, _, height, width = shape
-        tile = self._tile_of(height, width)
+        tile = tile_of(height, width)
         return num_images * _tiles(height, tile) * _tiles(width, tile) >= MIN_TILES
 
     def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
-        """``relu(conv(x) + plus)``, (N, K, H, W) float32; the ReLU and the sum where asked for; x in any dtype."""
+        """``relu(conv(x) + plus)``, (N, K, H, W) float32; the ReLU and the sum where asked for; x in any dtype.
+
+        Few and small maps are left to the plain sum, which may overwrite `plus`.
+        """
+        if not self.pays(x.shape):
+            return onednn_conv(self.conv, x, plus, relu=relu)
         num_images, _, height, width = x.shape
-        tile = self._tile_of(height, width)
+        tile = tile_of(height, width)
         cells = x.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
         out = cells.new_empty(num_images, height, width, self.conv.out_channels, dtype=torch.float32)
         rows, tiles = _tiles(height, tile), _tiles(height, tile) * _tiles(width, tile)
@@ -102,9 +97,6 @@ class Winograd:
                 if relu:
                     out[images, done].relu_()
         return out.permute(0, 3, 1, 2)
-
-    def _tile_of(self, height: int, width: int) -> int:
-        return POOLED_TILE if height in POOLED_SIDES and width in POOLED_SIDES else self.tile
 
     def _multiply(self, memory: _Memory, num_rows: int) -> None:
         """From transformed columns of inputs to those of outputs: at each of their points the lines are transformed,
@@ -142,6 +134,11 @@ class Winograd:
             weights = weights.float().contiguous().view(points, -1, channels, 1, 1)
             self._weights[layout] = [pack(weight, *shape) for weight in weights]
         return self._weights[layout]
+
+
+def tile_of(height: int, width: int) -> int:
+    """Outputs along an axis of a map's tiles."""
+    return POOLED_TILE if height in POOLED_SIDES and width in POOLED_SIDES else TILE
 
 
 class Transforms(NamedTuple):

@@ -34,20 +34,20 @@ typedef struct {
     const float *before;       /* (POINTS, POINTS), what transforms inputs along an axis */
     const float *after;        /* (TILE, POINTS), what restores outputs */
     int64_t images, height, width, channels, outputs;
-    int64_t x_is_half, y_is_half, plus_is_half, relu, threads;
+    int64_t x_is_bf16, y_is_bf16, plus_is_bf16, relu, threads;
 } Convolution;
 
 typedef struct {
     int64_t image, top, left;
 } Place; /* of a tile's first output */
 
-INLINE __m512 load(const void *at, int64_t is_half) {
-    if (!is_half) return _mm512_loadu_ps(at);
+INLINE __m512 load(const void *at, int64_t is_bf16) {
+    if (!is_bf16) return _mm512_loadu_ps(at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(at)), 16));
 }
 
-INLINE void store(void *at, __m512 values, int64_t is_half) {
-    if (is_half)
+INLINE void store(void *at, __m512 values, int64_t is_bf16) {
+    if (is_bf16)
         _mm256_storeu_si256(at, (__m256i)_mm512_cvtneps_pbh(values));
     else
         _mm512_storeu_ps(at, values);
@@ -101,9 +101,9 @@ UNROLL
 }
 
 /* A tile's inputs at all points: (ALL, C). */
-INLINE void transform_tile(const Convolution *of, Place place, int64_t is_half, float *at_points) {
+INLINE void transform_tile(const Convolution *of, Place place, int64_t is_bf16, float *at_points) {
     static const float nothing[LANES];
-    const int64_t size = is_half ? 2 : 4;
+    const int64_t size = is_bf16 ? 2 : 4;
     const char *cells[ALL];
     int64_t sizes[ALL];
     for (int p = 0; p < ALL; p++) {
@@ -118,7 +118,7 @@ INLINE void transform_tile(const Convolution *of, Place place, int64_t is_half, 
 UNROLL
         for (int q = 0; q < POINTS; q++) {
 UNROLL
-            for (int p = 0; p < POINTS; p++) in[p] = load(cells[p * POINTS + q] + c * sizes[p * POINTS + q], is_half);
+            for (int p = 0; p < POINTS; p++) in[p] = load(cells[p * POINTS + q] + c * sizes[p * POINTS + q], is_bf16);
             transform(columns + q, POINTS, of->before, in);
         }
 UNROLL
@@ -218,12 +218,12 @@ UNROLL
                 int64_t at = cell * of->outputs + k;
                 __m512 value = _mm512_add_ps(lines[p * TILE + q], bias);
                 if (of->plus) {
-                    const char *plus = (const char *)of->plus + at * (of->plus_is_half ? 2 : 4);
-                    value = _mm512_add_ps(value, load(plus, of->plus_is_half));
+                    const char *plus = (const char *)of->plus + at * (of->plus_is_bf16 ? 2 : 4);
+                    value = _mm512_add_ps(value, load(plus, of->plus_is_bf16));
                 }
                 /* in this order what is not a number stays so */
                 if (of->relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
-                store((char *)of->y + at * (of->y_is_half ? 2 : 4), value, of->y_is_half);
+                store((char *)of->y + at * (of->y_is_bf16 ? 2 : 4), value, of->y_is_bf16);
             }
     }
 }
@@ -240,7 +240,7 @@ static void convolve_tiles(const Convolution *of, int64_t first, int64_t tiles, 
     float *x_scale = (float *)(x + ALL * tiles * of->channels);      /* (ALL, tiles) */
     for (int64_t t = 0; t < tiles; t++) {
         Place place = place_of(of, first + t);
-        if (of->x_is_half)
+        if (of->x_is_bf16)
             transform_tile(of, place, 1, at_points);
         else
             transform_tile(of, place, 0, at_points);

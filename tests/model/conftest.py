@@ -12,9 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 import model
-from model import MaskRCNN
+from model import MaskRCNN, integer_winograd
 
 DATA = Path(os.environ.get("MASKLINE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+needs_compiled = pytest.mark.skipif(
+    integer_winograd._library() is None, reason="integer_winograd.c was not compiled, or not for this processor"
+)
 
 
 def coco_paths() -> list[Path]:

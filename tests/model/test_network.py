@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from model import MaskRCNN, network
+from model import MaskRCNN, integer_winograd, network
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm
+from model.integer_winograd import IntegerWinograd
 from model.mask_head import MaskHead
 from model.network import Network, Precision, build_network, ready_to_run
 from model.recipe import Recipe
+from model.winograd import Winograd
+from tests.model.conftest import needs_compiled
 
 CPU = torch.device("cpu")
 
@@ -54,6 +57,7 @@ def test_in_bf16_what_boxes_hang_on_stays_float32(
 ) -> None:
     """The RPN only where bfloat16 is not many times as fast."""
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
+    monkeypatch.setattr(network, "can_quantise", lambda _: False)
     running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
     full = {name for name, value in running.named_parameters() if value.dtype == torch.float32}
     precise: tuple[str, ...] = ("body.stem.", "box_head.fcs.1.", "box_head.class_logits.", "box_head.deltas.", "rpn.")
@@ -84,30 +88,53 @@ def wide() -> Network:
     return built
 
 
+def _by(kind: type, network: Network) -> dict[str, list[bool]]:
+    """Which 3×3 convolutions run as `kind`."""
+    parts = {"body": network.body, "pyramid": network.fpn, "RPN": network.rpn, "mask head": network.mask_head}
+    return {
+        name: [isinstance(part.winograd, kind) for part in parent.modules() if _is_3x3(part)]
+        for name, parent in parts.items()
+        if parent is not None
+    }
+
+
+NONE = {"body": [False] * 16, "pyramid": [False] * 4, "RPN": [False], "mask head": [False] * 4}
+
+
+@pytest.mark.parametrize("can_quantise", [False, True])
+def test_wide_convolutions_go_by_winograd_in_float32(
+    wide: Network, monkeypatch: pytest.MonkeyPatch, can_quantise: bool
+) -> None:
+    monkeypatch.setattr(network, "can_quantise", lambda _: can_quantise)
+    running = ready_to_run(wide, CPU, "fp32", exact=False)
+    assert _by(Winograd, running) == {**NONE, "pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
+    assert _by(IntegerWinograd, running) == NONE
+    exact = ready_to_run(wide, CPU, "fp32", exact=True)
+    assert _by(Winograd, exact) == _by(IntegerWinograd, exact) == NONE
+
+
+@needs_compiled
 @pytest.mark.parametrize("has_tiles", [False, True])
-def test_wide_convolutions_go_by_winograd_where_that_is_faster(
+def test_bfloat16_goes_by_integers_but_on_processors_with_tiles_of_it(
     wide: Network, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
 ) -> None:
-    """In float32 all; beside bfloat16 those of large maps and of many regions, and none beside tiles of it."""
+    """Where their channels allow: those of the first stages are 8 to 32 here."""
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
-
-    def by_winograd(precision: Precision, *, exact: bool) -> dict[str, list[bool]]:
-        running = ready_to_run(wide, CPU, precision, exact=exact)
-        parts = {"pyramid": running.fpn, "RPN": running.rpn, "mask head": running.mask_head}
-        return {
-            name: [part.winograd is not None for part in parent.modules() if _is_3x3(part)]
-            for name, parent in parts.items()
-            if parent is not None
-        }
-
-    assert by_winograd("fp32", exact=False) == {"pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
-    assert by_winograd("fp32", exact=True) == {"pyramid": [False] * 4, "RPN": [False], "mask head": [False] * 4}
+    running = ready_to_run(wide, CPU, "bf16", exact=False)
     faster = not has_tiles
-    assert by_winograd("bf16", exact=False) == {
-        "pyramid": [faster, faster, False, False],
-        "RPN": [faster],
-        "mask head": [faster] * 4,
-    }
+    expected = {"pyramid": [faster] * 4, "RPN": [faster], "mask head": [faster] * 4}
+    assert _by(IntegerWinograd, running) == {"body": [False] * 13 + [faster] * 3, **expected}
+    assert _by(Winograd, running) == NONE
+
+
+def test_without_the_compiled_kernel_only_the_rpn_goes_by_winograd_beside_bfloat16(
+    wide: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    monkeypatch.setattr(integer_winograd, "_library", lambda: None)
+    running = ready_to_run(wide, CPU, "bf16", exact=False)
+    assert _by(IntegerWinograd, running) == NONE
+    assert _by(Winograd, running) == {**NONE, "RPN": [True]}
 
 
 def _is_3x3(part: nn.Module) -> TypeGuard[ConvNorm]:
@@ -122,20 +149,23 @@ def test_levels_have_one_dtype_whatever_computed_them(wide: Network, monkeypatch
 
 
 @pytest.mark.parametrize("has_onednn_bf16", [True, False])
+@pytest.mark.parametrize("in_integers", [pytest.param(True, marks=needs_compiled), False])
 @torch.inference_mode()
-def test_a_mask_head_partly_in_bfloat16_is_that_in_float32_within_its_rounding(
-    wide: Network, monkeypatch: pytest.MonkeyPatch, has_onednn_bf16: bool
+def test_a_mask_head_in_bfloat16_is_that_in_float32_within_its_rounding(
+    wide: Network, monkeypatch: pytest.MonkeyPatch, has_onednn_bf16: bool, in_integers: bool
 ) -> None:
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
     if not has_onednn_bf16:
         monkeypatch.setattr(network, "can_fuse_on_cpu", lambda dtype: dtype == torch.float32)
+    if not in_integers:
+        monkeypatch.setattr(integer_winograd, "_library", lambda: None)
     torch.manual_seed(0)
     regions, labels = torch.randn(6, 256, 14, 14).bfloat16(), torch.ones(6, dtype=torch.int64)
     mixed = ready_to_run(wide, CPU, "bf16", exact=False).mask_head
     full = ready_to_run(wide, CPU, "fp32", exact=True).mask_head
     assert isinstance(mixed, MaskHead)
     assert isinstance(full, MaskHead)
-    assert {weight.dtype for weight in mixed.convs.parameters()} == {torch.float32}
+    assert {part.conv.weight.dtype for part in mixed.convs} == {torch.float32 if in_integers else torch.bfloat16}
     assert mixed.upsample.weight.dtype == torch.bfloat16
     found, expected = mixed(regions, labels), full(regions, labels)
     assert float(expected.std()) > 0

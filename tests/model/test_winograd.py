@@ -9,17 +9,9 @@ from torch import Tensor, nn
 
 from model import winograd
 from model.conv_norm import ConvNorm
-from model.winograd import (
-    COARSE_TILE,
-    POOLED_TILE,
-    PRECISE_TILE,
-    Winograd,
-    beats_bfloat16,
-    can_transform,
-    transforms,
-)
-
-TILES = (PRECISE_TILE, POOLED_TILE, COARSE_TILE)
+from model.fused_conv import onednn_conv
+from model.integer_winograd import TILE as INTEGER_TILE
+from model.winograd import POOLED_TILE, TILE, Winograd, can_transform, tile_of, transforms
 
 
 def _directly(x: Tensor, conv: nn.Conv2d, plus: Tensor | None = None, *, relu: bool = False) -> Tensor:
@@ -35,7 +27,7 @@ def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return conv.requires_grad_(False)
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", [INTEGER_TILE, TILE, POOLED_TILE])
 def test_the_transforms_of_an_axis_filter_it(tile: int) -> None:
     torch.manual_seed(0)
     inputs, kernel = torch.randn(tile + 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
@@ -60,7 +52,6 @@ def test_the_smallest_transforms_are_those_of_the_paper(monkeypatch: pytest.Monk
     outputs=st.integers(1, 9),
     height=st.integers(1, 27) | st.sampled_from([7, 14]),
     width=st.integers(1, 27) | st.sampled_from([7, 14]),
-    tile=st.sampled_from([PRECISE_TILE, COARSE_TILE]),
     block_tiles=st.sampled_from([1, 7, 30, 1000]),
     relu=st.booleans(),
     bias=st.booleans(),
@@ -73,7 +64,6 @@ def test_it_is_the_plain_sum(
     outputs: int,
     height: int,
     width: int,
-    tile: int,
     block_tiles: int,
     relu: bool,
     bias: bool,
@@ -86,26 +76,33 @@ def test_it_is_the_plain_sum(
     plus = torch.randn(num_images, outputs, height, width) if adds else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "BLOCK_TILES", block_tiles)
-        found = Winograd(conv, tile)(x, plus, relu=relu)
+        patch.setattr(winograd, "MIN_TILES", 0)
+        found = Winograd(conv)(x, plus, relu=relu)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found.double(), _directly(x, conv, plus, relu=relu), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize(
     ("tile", "shape", "expected"),
-    [(PRECISE_TILE, (1, 53, 67), 4e-6), (POOLED_TILE, (9, 14, 14), 2e-5), (COARSE_TILE, (1, 53, 67), 5e-5)],
+    [(TILE, (1, 53, 67), 4e-6), (POOLED_TILE, (9, 14, 14), 2e-5)],
 )
 @torch.inference_mode()
 def test_it_rounds_no_more_than_is_said(tile: int, shape: tuple[int, int, int], expected: float) -> None:
     """The root mean square over outputs that spread by one, with the channels that pyramids have."""
     torch.manual_seed(0)
     conv, x = _conv(256, 64), torch.randn(shape[0], 256, *shape[1:])
-    layer = Winograd(conv, tile)
-    assert layer._tile_of(*shape[1:]) == tile
-    error = (layer(x, None, relu=False) - _directly(x, conv)).square().mean().sqrt()
+    assert tile_of(*shape[1:]) == tile
+    error = (Winograd(conv)(x, None, relu=False) - _directly(x, conv)).square().mean().sqrt()
     assert expected / 2 < float(error) < expected * 1.5
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few and small the maps."""
+    monkeypatch.setattr(winograd, "MIN_TILES", 0)
+
+
+@pytest.mark.usefixtures("always")
 @torch.inference_mode()
 def test_a_kernel_that_hands_on_its_centre_changes_nothing() -> None:
     x = torch.arange(2.0 * 3 * 9 * 6).view(2, 3, 9, 6).to(memory_format=torch.channels_last)
@@ -117,6 +114,7 @@ def test_a_kernel_that_hands_on_its_centre_changes_nothing() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("always")
 @torch.inference_mode()
 def test_bfloat16_enters_and_float32_leaves_without_a_rounding() -> None:
     torch.manual_seed(0)
@@ -126,6 +124,7 @@ def test_bfloat16_enters_and_float32_leaves_without_a_rounding() -> None:
     torch.testing.assert_close(found.double(), _directly(x, conv), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("always")
 @torch.inference_mode()
 def test_an_image_hangs_on_its_neighbours_by_rounding_alone() -> None:
     torch.manual_seed(0)
@@ -136,6 +135,7 @@ def test_an_image_hangs_on_its_neighbours_by_rounding_alone() -> None:
     torch.testing.assert_close(beside_others[:1], together[:1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("always")
 @torch.inference_mode()
 def test_maps_of_many_sizes_share_few_weights() -> None:
     """One set for each layout that oneDNN wants."""
@@ -148,21 +148,20 @@ def test_maps_of_many_sizes_share_few_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("conv", "expected", "beats"),
+    ("conv", "expected"),
     [
-        (nn.Conv2d(256, 256, 3, padding=1), True, True),
-        (nn.Conv2d(128, 128, 3, padding=1), True, False),
-        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False, False),
-        (nn.Conv2d(256, 256, 3), False, False),
-        (nn.Conv2d(256, 256, 1), False, False),
-        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False, False),
-        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False, False),
-        (nn.Conv2d(64, 64, 3, padding=1), False, False),
+        (nn.Conv2d(256, 256, 3, padding=1), True),
+        (nn.Conv2d(128, 128, 3, padding=1), True),
+        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False),
+        (nn.Conv2d(256, 256, 3), False),
+        (nn.Conv2d(256, 256, 1), False),
+        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False),
+        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False),
+        (nn.Conv2d(64, 64, 3, padding=1), False),
     ],
 )
-def test_what_it_stands_for(conv: nn.Conv2d, expected: bool, beats: bool) -> None:
+def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
     assert can_transform(conv) is expected
-    assert beats_bfloat16(conv) is beats
 
 
 @pytest.mark.parametrize(
@@ -185,10 +184,10 @@ def test_a_layer_that_has_it_is_the_layer() -> None:
     torch.manual_seed(0)
     layer = ConvNorm(8, 8, kernel_size=3)
     x, plus = torch.randn(1, 8, 44, 52), torch.randn(1, 8, 44, 52)
-    small = x[:, :, :8, :8]
-    expected, with_sum, of_small = layer(x), layer(x, plus), layer(small)
+    expected, with_sum = layer(x), layer(x, plus)
     layer.winograd = Winograd(layer.conv)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=1e-4)
     assert not torch.equal(layer(x), expected)  # by the other way, then
-    assert torch.equal(layer(small), of_small)  # by the plain sum still
+    small = x[:, :, :8, :8].contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(small), onednn_conv(layer.conv, small, None, relu=True))  # by the plain sum still

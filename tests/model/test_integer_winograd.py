@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model import integer_winograd
+from model.conv_norm import ConvNorm
+from model.integer_winograd import LARGEST_NORM, TILE, IntegerWinograd, can_quantise
+from model.winograd import transforms
+from tests.model.conftest import needs_compiled
+
+POINTS = TILE + 2
+
+
+def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
+    """Whose outputs spread by one where its inputs do."""
+    conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
+    nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
+    return conv.requires_grad_(False)
+
+
+def _directly(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.conv2d(x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double(), padding=1)
+
+
+def _by_slow_loop(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The definition, tile by tile, exact but for the integers; no sum of them may leave 32 bits."""
+    of_inputs, of_kernel, of_outputs = transforms(TILE)
+    kernels = torch.einsum("ip,jq,kcpq->ijkc", of_kernel, of_kernel, conv.weight.double())
+    weights, weight_units = _quantised(kernels)  # (P, P, K, C), (P, P, K)
+    num_images, _, height, width = x.shape
+    padded = F.pad(x.double(), (1, POINTS, 1, POINTS))
+    y = torch.zeros(num_images, conv.out_channels, height + POINTS, width + POINTS, dtype=torch.float64)
+    for image in range(num_images):
+        for top in range(0, height, TILE):
+            for left in range(0, width, TILE):
+                inputs = padded[image, :, top : top + POINTS, left : left + POINTS]
+                at_points, units = _quantised(torch.einsum("ip,jq,cpq->ijc", of_inputs, of_inputs, inputs))
+                assert torch.einsum("ijkc,ijc->ijk", weights.abs(), at_points.abs()).max() < 2**31
+                sums = torch.einsum("ijkc,ijc->ijk", weights, at_points) * weight_units * units[..., None]
+                outputs = torch.einsum("pi,qj,ijk->kpq", of_outputs, of_outputs, sums)
+                y[image, :, top : top + TILE, left : left + TILE] = outputs
+    y = y[:, :, :height, :width]
+    return y if conv.bias is None else y + conv.bias[:, None, None]
+
+
+def _quantised(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, and what one is worth, of vectors (…, C)."""
+    units = torch.maximum(vectors.norm(dim=-1) / LARGEST_NORM, vectors.abs().amax(dim=-1) / 32767)
+    return (vectors / units.clamp(min=1e-37)[..., None]).round(), units
+
+
+@needs_compiled
+@settings(deadline=None, max_examples=60)
+@given(
+    num_images=st.integers(1, 3),
+    channels=st.sampled_from([16, 32, 48]),
+    outputs=st.sampled_from([64, 128]),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e12]),
+    bias=st.booleans(),
+    bf16=st.booleans(),
+)
+@torch.inference_mode()
+def test_it_is_the_slow_loop(
+    num_images: int, channels: int, outputs: int, height: int, width: int, scale: float, bias: bool, bf16: bool
+) -> None:
+    """But for the few values so near the middle of two whole numbers that float32 rounds to the other."""
+    torch.manual_seed(0)
+    conv = _conv(channels, outputs, bias=bias)
+    if conv.bias is not None:
+        conv.bias.mul_(scale)
+    x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
+    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = _by_slow_loop(x, conv)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3 * scale)
+    assert float((found - expected).norm()) < 0.4 * float((found - _directly(x, conv)).norm())
+
+
+@needs_compiled
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plus_in", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_the_sum_and_the_relu_come_before_the_one_rounding(out: torch.dtype, plus_in: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv, x, plus = _conv(64, 64), torch.randn(2, 64, 23, 18), torch.randn(2, 64, 23, 18).to(plus_in)
+    bare = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    found = IntegerWinograd(conv, out)(x, plus, relu=True)
+    assert torch.equal(found, (bare + plus).relu().to(out))
+    assert torch.equal(IntegerWinograd(conv, out)(x, plus, relu=False), (bare + plus).to(out))
+
+
+@needs_compiled
+@torch.inference_mode()
+def test_it_rounds_less_than_bfloat16() -> None:
+    """The root mean square over outputs that spread by one, of the channels that pyramids have."""
+    torch.manual_seed(0)
+    conv, x = _conv(256, 64, bias=False), torch.randn(1, 256, 53, 67).bfloat16()
+    expected = _directly(x, conv)
+
+    def error_of(y: Tensor) -> float:
+        return float((y - expected).square().mean().sqrt())
+
+    by_bfloat16 = error_of(F.conv2d(x, conv.weight.bfloat16(), padding=1))
+    rounded, precise = (
+        error_of(IntegerWinograd(conv, dtype)(x, None, relu=False)) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert 1.3e-3 < precise < 1.5e-3 < rounded < 2.2e-3 < by_bfloat16 < 2.5e-3
+
+
+@needs_compiled
+@pytest.mark.parametrize("channels", [16, 256, 2048])
+@torch.inference_mode()
+def test_no_sum_overflows_where_inputs_and_kernel_are_one_vector(channels: int) -> None:
+    """Where Cauchy's bound is reached."""
+    vector = torch.randn(channels, generator=torch.Generator().manual_seed(0))
+    conv = nn.Conv2d(channels, 64, 3, padding=1, bias=False).requires_grad_(False)
+    conv.weight[:] = vector[None, :, None, None]
+    x = vector.view(1, -1, 1, 1).expand(1, channels, 12, 11)
+    expected = _directly(x, conv)
+    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.max()))
+
+
+@needs_compiled
+@torch.inference_mode()
+def test_one_channel_alone_fits_sixteen_bits() -> None:
+    conv, x = _conv(64, 64, bias=False), torch.zeros(1, 64, 10, 10)
+    x[:, 5] = 1e6
+    expected = _directly(x, conv)
+    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+@needs_compiled
+@torch.inference_mode()
+def test_an_image_is_computed_the_same_whatever_is_beside_it() -> None:
+    """To the bit: in any batch, by any number of threads."""
+    torch.manual_seed(0)
+    layer, x = IntegerWinograd(_conv(32, 64), torch.bfloat16), torch.randn(40, 32, 14, 14)
+    together = layer(x, None, relu=True)
+    alone = torch.cat([layer(one[None], None, relu=True) for one in x])
+    assert torch.equal(together, alone)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(layer(x, None, relu=True), together)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiled
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@torch.inference_mode()
+def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(value: float) -> None:
+    torch.manual_seed(0)
+    layer, x = IntegerWinograd(_conv(16, 64), torch.float32), torch.randn(1, 16, 20, 20)
+    clean = layer(x, None, relu=True)
+    x[0, 3, 7, 12] = value
+    found = layer(x, None, relu=True)
+    own = torch.zeros(20, 20, dtype=torch.bool)
+    own[5:10, 10:15] = True
+    assert found[0, :, own].isnan().all()
+    assert torch.equal(found[0, :, ~own], clean[0, :, ~own])
+
+
+@needs_compiled
+@torch.inference_mode()
+def test_nothing_and_next_to_nothing_are_zero() -> None:
+    conv = _conv(16, 64, bias=False)
+    layer = IntegerWinograd(conv, torch.float32)
+    assert not layer(torch.zeros(1, 16, 9, 9), None, relu=False).any()
+    assert not layer(torch.full((1, 16, 9, 9), 1e-42), None, relu=False).any()
+    assert layer(torch.zeros(0, 16, 9, 9), None, relu=False).shape == (0, 64, 9, 9)
+    conv.weight.zero_()
+    assert not IntegerWinograd(conv, torch.float32)(torch.ones(1, 16, 9, 9), None, relu=False).any()
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    ("conv", "expected"),
+    [
+        (nn.Conv2d(256, 256, 3, padding=1), True),
+        (nn.Conv2d(16, 64, 3, padding=1), True),
+        (nn.Conv2d(24, 64, 3, padding=1), False),
+        (nn.Conv2d(64, 96, 3, padding=1), False),
+        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False),
+        (nn.Conv2d(256, 256, 3), False),
+        (nn.Conv2d(256, 256, 1), False),
+        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False),
+        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False),
+    ],
+)
+def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
+    assert can_quantise(conv) is expected
+
+
+def test_without_the_compiled_kernel_it_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_winograd.importlib.util, "find_spec", lambda _: None)
+    integer_winograd._library.cache_clear()
+    try:
+        assert not can_quantise(nn.Conv2d(256, 256, 3, padding=1))
+    finally:
+        integer_winograd._library.cache_clear()
+
+
+@needs_compiled
+@torch.inference_mode()
+def test_a_layer_that_has_it_is_the_layer() -> None:
+    torch.manual_seed(0)
+    layer = ConvNorm(16, 64, kernel_size=3)
+    x, plus = torch.randn(1, 16, 44, 52), torch.randn(1, 64, 44, 52)
+    expected, with_sum = layer(x), layer(x, plus)
+    layer.winograd = IntegerWinograd(layer.conv, torch.float32)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=2e-2)
+    assert not torch.equal(layer(x), expected)  # by the other way, then
