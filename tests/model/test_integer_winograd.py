@@ -203,7 +203,7 @@ def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
 
 
 def test_without_the_compiled_kernel_it_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer_winograd.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     integer_winograd._library.cache_clear()
     try:
         assert not can_quantise(nn.Conv2d(256, 256, 3, padding=1))

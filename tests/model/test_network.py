@@ -165,7 +165,8 @@ def test_a_mask_head_in_bfloat16_is_that_in_float32_within_its_rounding(
     full = ready_to_run(wide, CPU, "fp32", exact=True).mask_head
     assert isinstance(mixed, MaskHead)
     assert isinstance(full, MaskHead)
-    assert {part.conv.weight.dtype for part in mixed.convs} == {torch.float32 if in_integers else torch.bfloat16}
+    weights = {value.dtype for name, value in mixed.convs.named_parameters() if name.endswith("weight")}
+    assert weights == {torch.float32 if in_integers else torch.bfloat16}
     assert mixed.upsample.weight.dtype == torch.bfloat16
     found, expected = mixed(regions, labels), full(regions, labels)
     assert float(expected.std()) > 0
