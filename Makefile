@@ -18,7 +18,7 @@ RECIPE = --model R18-half-FPN --batch-size 16 --precision bf16 --save-half \
 
 .PHONY: demo train-demo train-nuclei test test-all chaos lint
 
-$(VENV)/ready: pyproject.toml constraints.txt model/kernels/integer_winograd.c
+$(VENV)/ready: pyproject.toml constraints.txt model/kernels/winograd.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

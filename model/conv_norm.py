@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.integer_winograd import IntegerWinograd
+from model.compiled_winograd import CompiledWinograd
 from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
 from model.winograd import Winograd
@@ -54,7 +54,7 @@ class ConvNorm(nn.Module):
         self.relu = relu
         self.fused: FusedConv | None = None
         """What runs it as one operation, which wants channels-last, no norm and no gradients."""
-        self.winograd: Winograd | IntegerWinograd | None = None
+        self.winograd: Winograd | CompiledWinograd | None = None
         """What convolves on a CPU where that is the faster form."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

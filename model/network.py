@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model.box_head import BoxHead, first_layer_as_convolution
+from model.compiled_winograd import CompiledWinograd, can_compute
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm, folded
 from model.fpn import FPN
 from model.fused_conv import can_fuse_on_cpu, cudnn_conv, onednn_conv
-from model.integer_winograd import IntegerWinograd, can_quantise
 from model.kernels import run_kernels_on
 from model.keypoint_head import KeypointHead
 from model.mask_head import MaskHead, MLPMaskHead
@@ -187,7 +187,7 @@ def _in_integers(network: Network) -> list[ConvNorm]:
     if _has_bf16_tiles():
         return []
     parts = [part for part in network.modules() if isinstance(part, ConvNorm) and part.norm is None]
-    return [part for part in parts if can_quantise(part.conv)]
+    return [part for part in parts if can_compute(part.conv, in_integers=True)]
 
 
 def _has_bf16_tiles() -> bool:
@@ -197,21 +197,28 @@ def _has_bf16_tiles() -> bool:
 
 def _fuse_on_cpu(network: Network, precision: Precision) -> None:
     """Let convolutions without a norm run as one operation with what follows, and by Winograd where that pays."""
+    in_integers = _in_integers(network) if precision == "bf16" else []
+    heads = [head for head in (network.rpn, network.mask_head) if head is not None]
+    not_rounded = {part for head in heads for part in head.modules()}  # between their layers
     for part in network.modules():
         if isinstance(part, ConvNorm) and part.norm is None:
             part.fused = onednn_conv if can_fuse_on_cpu(part.conv.weight.dtype) else None
-            if part.conv.weight.dtype == torch.float32 and can_transform(part.conv):
-                part.winograd = Winograd(part.conv)
+            if part in in_integers:
+                dtype = torch.float32 if part in not_rounded else torch.bfloat16
+                part.winograd = CompiledWinograd(part.conv, in_integers=True, dtype=dtype)
+            elif part.conv.weight.dtype == torch.float32:
+                part.winograd = _in_float32(part.conv)
         elif isinstance(part, RPNHead):
             part.fused = part.objectness.weight.dtype == torch.float32
         elif isinstance(part, MaskHead):
             part.fused = can_fuse_on_cpu(part.upsample.weight.dtype)
-    if precision == "bf16":
-        # Between the layers of these heads nothing is rounded.
-        heads = [head for head in (network.rpn, network.mask_head) if head is not None]
-        in_float32 = {part for head in heads for part in head.modules()}
-        for part in _in_integers(network):
-            part.winograd = IntegerWinograd(part.conv, torch.float32 if part in in_float32 else torch.bfloat16)
+
+
+def _in_float32(conv: nn.Conv2d) -> CompiledWinograd | Winograd | None:
+    """The fastest form that there is here."""
+    if can_compute(conv, in_integers=False):
+        return CompiledWinograd(conv, in_integers=False)
+    return Winograd(conv) if can_transform(conv) else None
 
 
 def _fuse_on_cuda(network: Network) -> None:

@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 import model
-from model import MaskRCNN, integer_winograd
+from model import MaskRCNN, compiled_winograd
 
 DATA = Path(os.environ.get("MASKLINE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 needs_compiled = pytest.mark.skipif(
-    integer_winograd._library() is None, reason="integer_winograd.c was not compiled, or not for this processor"
+    not compiled_winograd.can_compute(torch.nn.Conv2d(64, 64, 3, padding=1), in_integers=True),
+    reason="winograd.c was not compiled, or not for this processor",
 )
 
 

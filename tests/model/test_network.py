@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from model import MaskRCNN, integer_winograd, network
+from model import MaskRCNN, compiled_winograd, network
+from model.compiled_winograd import CompiledWinograd
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm
-from model.integer_winograd import IntegerWinograd
 from model.mask_head import MaskHead
 from model.network import Network, Precision, build_network, ready_to_run
 from model.recipe import Recipe
@@ -57,7 +57,7 @@ def test_in_bf16_what_boxes_hang_on_stays_float32(
 ) -> None:
     """The RPN only where bfloat16 is not many times as fast."""
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
-    monkeypatch.setattr(network, "can_quantise", lambda _: False)
+    monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
     full = {name for name, value in running.named_parameters() if value.dtype == torch.float32}
     precise: tuple[str, ...] = ("body.stem.", "box_head.fcs.1.", "box_head.class_logits.", "box_head.deltas.", "rpn.")
@@ -98,19 +98,22 @@ def _by(kind: type, network: Network) -> dict[str, list[bool]]:
     }
 
 
+IN_BODY = [False] * 13 + [True] * 3
 NONE = {"body": [False] * 16, "pyramid": [False] * 4, "RPN": [False], "mask head": [False] * 4}
 
 
-@pytest.mark.parametrize("can_quantise", [False, True])
+@pytest.mark.parametrize("kind", [pytest.param(CompiledWinograd, marks=needs_compiled), Winograd])
 def test_wide_convolutions_go_by_winograd_in_float32(
-    wide: Network, monkeypatch: pytest.MonkeyPatch, can_quantise: bool
+    wide: Network, monkeypatch: pytest.MonkeyPatch, kind: type
 ) -> None:
-    monkeypatch.setattr(network, "can_quantise", lambda _: can_quantise)
+    """By the compiled form where there is one, which takes those of 64 channels in res5, too."""
+    if kind == Winograd:
+        monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     running = ready_to_run(wide, CPU, "fp32", exact=False)
-    assert _by(Winograd, running) == {**NONE, "pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
-    assert _by(IntegerWinograd, running) == NONE
+    expected = {**NONE, "pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
+    assert _by(kind, running) == expected | ({"body": IN_BODY} if kind == CompiledWinograd else {})
     exact = ready_to_run(wide, CPU, "fp32", exact=True)
-    assert _by(Winograd, exact) == _by(IntegerWinograd, exact) == NONE
+    assert _by(Winograd, exact) == _by(CompiledWinograd, exact) == NONE
 
 
 @needs_compiled
@@ -118,22 +121,20 @@ def test_wide_convolutions_go_by_winograd_in_float32(
 def test_bfloat16_goes_by_integers_but_on_processors_with_tiles_of_it(
     wide: Network, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
 ) -> None:
-    """Where their channels allow: those of the first stages are 8 to 32 here."""
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
-    faster = not has_tiles
-    expected = {"pyramid": [faster] * 4, "RPN": [faster], "mask head": [faster] * 4}
-    assert _by(IntegerWinograd, running) == {"body": [False] * 13 + [faster] * 3, **expected}
+    every = {"body": IN_BODY, "pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
+    assert _by(CompiledWinograd, running) == (NONE if has_tiles else every)
     assert _by(Winograd, running) == NONE
 
 
-def test_without_the_compiled_kernel_only_the_rpn_goes_by_winograd_beside_bfloat16(
+def test_without_the_compiled_form_only_the_rpn_goes_by_winograd_beside_bfloat16(
     wide: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
-    monkeypatch.setattr(integer_winograd, "_library", lambda: None)
+    monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
-    assert _by(IntegerWinograd, running) == NONE
+    assert _by(CompiledWinograd, running) == NONE
     assert _by(Winograd, running) == {**NONE, "RPN": [True]}
 
 
@@ -158,7 +159,7 @@ def test_a_mask_head_in_bfloat16_is_that_in_float32_within_its_rounding(
     if not has_onednn_bf16:
         monkeypatch.setattr(network, "can_fuse_on_cpu", lambda dtype: dtype == torch.float32)
     if not in_integers:
-        monkeypatch.setattr(integer_winograd, "_library", lambda: None)
+        monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     torch.manual_seed(0)
     regions, labels = torch.randn(6, 256, 14, 14).bfloat16(), torch.ones(6, dtype=torch.int64)
     mixed = ready_to_run(wide, CPU, "bf16", exact=False).mask_head

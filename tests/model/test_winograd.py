@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from model import winograd
+from model.compiled_winograd import TILE as COMPILED_TILE
 from model.conv_norm import ConvNorm
 from model.fused_conv import onednn_conv
-from model.integer_winograd import TILE as INTEGER_TILE
 from model.winograd import POOLED_TILE, TILE, Winograd, can_transform, tile_of, transforms
 
 
@@ -27,7 +27,7 @@ def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
     return conv.requires_grad_(False)
 
 
-@pytest.mark.parametrize("tile", [INTEGER_TILE, TILE, POOLED_TILE])
+@pytest.mark.parametrize("tile", [COMPILED_TILE, TILE, POOLED_TILE])
 def test_the_transforms_of_an_axis_filter_it(tile: int) -> None:
     torch.manual_seed(0)
     inputs, kernel = torch.randn(tile + 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)

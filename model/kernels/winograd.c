@@ -1,9 +1,9 @@
-/* 3×3 convolution by Winograd's F(5×5, 3×3) whose products are of 16-bit integers, for processors with AVX-512's VNNI.
+/* 3×3 convolution by Winograd's F(5×5, 3×3), its products in float32 or in 16-bit integers, by AVX-512.
 
-   Such a product is as fast as one of bfloat16, twice as fast as float32's, and rounds less than the former: what is
-   multiplied at one point is a vector of channels, scaled by its norm so that no sum of products can leave 32 bits
+   A product of integers is as fast as one of bfloat16, twice as fast as float32's, and rounds less than the former: what
+   is multiplied at one point is a vector of channels, scaled by its norm so that no sum of products can leave 32 bits
    (Cauchy and Schwarz). A few tiles go through all steps at once, so that what passes between them stays in the cache;
-   each tile is computed the same whatever is beside it. model/integer_winograd.py calls this. */
+   each tile is computed the same whatever is beside it. model/compiled_winograd.py calls this. */
 
 #include <float.h>
 #include <immintrin.h>
@@ -19,7 +19,7 @@
 #define LANES 16              /* floats of a register */
 #define GROUP 64              /* output channels computed at once */
 #define ROWS 6                /* tiles multiplied at once: with GROUP, as many sums as there are registers */
-#define MOST_TILES 24         /* of a thread at once: what is kept of them fills its cache */
+#define MOST_TILES 18         /* of a thread at once: more of them would not stay in its cache */
 #define LARGEST_NORM 46000.f  /* of the integers of a vector: the square of it, and of its rounding, is below 2^31 */
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
@@ -28,8 +28,8 @@ typedef struct {
     const void *x;             /* (N, H, W, C) float or bfloat16 */
     void *y;                   /* (N, H, W, K) float or bfloat16 */
     const void *plus;          /* like y, in either; or null */
-    const int16_t *weight;     /* (K / GROUP, ALL, C / 2, GROUP, 2) */
-    const float *weight_scale; /* (ALL, K) */
+    const void *weight;        /* (K / GROUP, ALL, C, GROUP) float, or (K / GROUP, ALL, C / 2, GROUP, 2) int16 */
+    const float *weight_scale; /* (ALL, K) what one of the integers is worth; null for float */
     const float *bias;         /* (K,) */
     const float *before;       /* (POINTS, POINTS), what transforms inputs along an axis */
     const float *after;        /* (TILE, POINTS), what restores outputs */
@@ -100,8 +100,8 @@ UNROLL
     }
 }
 
-/* A tile's inputs at all points: (ALL, C). */
-INLINE void transform_tile(const Convolution *of, Place place, int64_t is_bf16, float *at_points) {
+/* A tile's inputs at all points, each (C,), `step` apart. */
+INLINE void transform_tile(const Convolution *of, Place place, int64_t is_bf16, float *at_points, int64_t step) {
     static const float nothing[LANES];
     const int64_t size = is_bf16 ? 2 : 4;
     const char *cells[ALL];
@@ -125,7 +125,7 @@ UNROLL
         for (int p = 0; p < POINTS; p++) {
             transform(out, 1, of->before, columns + p * POINTS);
 UNROLL
-            for (int q = 0; q < POINTS; q++) _mm512_store_ps(at_points + (p * POINTS + q) * of->channels + c, out[q]);
+            for (int q = 0; q < POINTS; q++) _mm512_store_ps(at_points + (p * POINTS + q) * step + c, out[q]);
         }
     }
 }
@@ -152,8 +152,34 @@ INLINE float quantise(const float *values, int16_t *integers, int64_t channels) 
     return unit;
 }
 
-/* At one point: of `rows` tiles (rows, C) and weights (C / 2, GROUP, 2), sums (rows, GROUP), `step` apart. */
-INLINE void multiply(
+/* At one point: of `rows` tiles (rows, C) and weights (C, GROUP), sums (rows, GROUP), `step` apart. */
+INLINE void multiply_floats(
+    const float *x, const float *weight, int64_t channels, float *y, int64_t step, const int rows
+) {
+    __m512 sums[ROWS][GROUP / LANES], weights[GROUP / LANES];
+UNROLL
+    for (int r = 0; r < rows; r++)
+UNROLL
+        for (int k = 0; k < GROUP / LANES; k++) sums[r][k] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < channels; c++) {
+UNROLL
+        for (int k = 0; k < GROUP / LANES; k++) weights[k] = _mm512_load_ps(weight + c * GROUP + k * LANES);
+UNROLL
+        for (int r = 0; r < rows; r++) {
+            __m512 value = _mm512_set1_ps(x[r * channels + c]);
+UNROLL
+            for (int k = 0; k < GROUP / LANES; k++)
+                __asm__("vfmadd231ps %2, %1, %0" : "+v"(sums[r][k]) : "v"(value), "v"(weights[k]));
+        }
+    }
+UNROLL
+    for (int r = 0; r < rows; r++)
+UNROLL
+        for (int k = 0; k < GROUP / LANES; k++) _mm512_store_ps(y + r * step + k * LANES, sums[r][k]);
+}
+
+/* The same of integers, pairs of channels side by side. */
+INLINE void multiply_integers(
     const int16_t *x, const float *x_scale, const int16_t *weight, const float *weight_scale, int64_t channels,
     float *y, int64_t step, const int rows
 ) {
@@ -171,7 +197,7 @@ UNROLL
             memcpy(&pair, x + r * channels + c, sizeof pair);
             __m512i pairs = _mm512_set1_epi32(pair);
 UNROLL
-            for (int k = 0; k < GROUP / LANES; k++) /* of the intrinsic, GCC 12 copies the sums with each step */
+            for (int k = 0; k < GROUP / LANES; k++)
                 __asm__("vpdpwssd %2, %1, %0" : "+v"(sums[r][k]) : "v"(pairs), "v"(weights[k]));
         }
     }
@@ -184,17 +210,30 @@ UNROLL
         }
 }
 
+/* Outputs k to k + GROUP of `tiles` tiles at a point. */
+INLINE void multiply(
+    const Convolution *of, int64_t point, int64_t k, const void *x, const float *x_scale, float *sums, const int rows
+) {
+    int64_t at = (k * ALL + point * GROUP) * of->channels;
+    if (of->weight_scale)
+        multiply_integers(
+            x, x_scale, (const int16_t *)of->weight + at, of->weight_scale + point * of->outputs + k, of->channels,
+            sums, ALL * GROUP, rows
+        );
+    else
+        multiply_floats(x, (const float *)of->weight + at, of->channels, sums, ALL * GROUP, rows);
+}
+
 static void multiply_some(
-    const int16_t *x, const float *x_scale, const int16_t *weight, const float *weight_scale, int64_t channels,
-    float *y, int64_t step, int64_t rows
+    const Convolution *of, int64_t point, int64_t k, const void *x, const float *x_scale, float *sums, int64_t rows
 ) {
     switch (rows) {
-        case 1: multiply(x, x_scale, weight, weight_scale, channels, y, step, 1); return;
-        case 2: multiply(x, x_scale, weight, weight_scale, channels, y, step, 2); return;
-        case 3: multiply(x, x_scale, weight, weight_scale, channels, y, step, 3); return;
-        case 4: multiply(x, x_scale, weight, weight_scale, channels, y, step, 4); return;
-        case 5: multiply(x, x_scale, weight, weight_scale, channels, y, step, 5); return;
-        default: multiply(x, x_scale, weight, weight_scale, channels, y, step, ROWS);
+        case 1: multiply(of, point, k, x, x_scale, sums, 1); return;
+        case 2: multiply(of, point, k, x, x_scale, sums, 2); return;
+        case 3: multiply(of, point, k, x, x_scale, sums, 3); return;
+        case 4: multiply(of, point, k, x, x_scale, sums, 4); return;
+        case 5: multiply(of, point, k, x, x_scale, sums, 5); return;
+        default: multiply(of, point, k, x, x_scale, sums, ROWS);
     }
 }
 
@@ -228,41 +267,47 @@ UNROLL
     }
 }
 
-static int64_t bytes_of(int64_t tiles, int64_t channels) {
-    int64_t of_tile = ALL * (channels * sizeof(int16_t) + GROUP * sizeof(float) + sizeof(float));
-    return ALL * channels * sizeof(float) + (tiles * of_tile + 63) / 64 * 64;
+static int64_t size_of_factor(const Convolution *of) { return of->weight_scale ? sizeof(int16_t) : sizeof(float); }
+
+static int64_t bytes_of(const Convolution *of, int64_t tiles) {
+    int64_t of_tile = ALL * (of->channels * size_of_factor(of) + GROUP * sizeof(float) + sizeof(float));
+    return ALL * of->channels * sizeof(float) + (tiles * of_tile + 63) / 64 * 64;
 }
 
 static void convolve_tiles(const Convolution *of, int64_t first, int64_t tiles, void *memory) {
-    float *at_points = memory;                                       /* (ALL, C) */
-    float *sums = at_points + ALL * of->channels;                    /* (tiles, ALL, GROUP) */
-    int16_t *x = (int16_t *)(sums + tiles * ALL * GROUP);            /* (ALL, tiles, C) */
-    float *x_scale = (float *)(x + ALL * tiles * of->channels);      /* (ALL, tiles) */
+    float *at_points = memory;                                         /* (ALL, C) */
+    float *sums = at_points + ALL * of->channels;                      /* (tiles, ALL, GROUP) */
+    char *x = (char *)(sums + tiles * ALL * GROUP);                    /* (ALL, tiles, C) float or int16 */
+    int64_t size = of->channels * size_of_factor(of);
+    float *x_scale = (float *)(x + ALL * tiles * size);                /* (ALL, tiles) of integers */
     for (int64_t t = 0; t < tiles; t++) {
         Place place = place_of(of, first + t);
+        float *into = of->weight_scale ? at_points : (float *)(x + t * size);
+        int64_t step = of->weight_scale ? of->channels : tiles * of->channels;
         if (of->x_is_bf16)
-            transform_tile(of, place, 1, at_points);
+            transform_tile(of, place, 1, into, step);
         else
-            transform_tile(of, place, 0, at_points);
-        for (int64_t p = 0; p < ALL; p++) {
+            transform_tile(of, place, 0, into, step);
+        for (int64_t p = 0; of->weight_scale && p < ALL; p++) {
             int64_t row = p * tiles + t;
-            x_scale[row] = quantise(at_points + p * of->channels, x + row * of->channels, of->channels);
+            x_scale[row] = quantise(at_points + p * of->channels, (int16_t *)(x + row * size), of->channels);
         }
     }
     for (int64_t k = 0; k < of->outputs; k += GROUP) {
         for (int64_t p = 0; p < ALL; p++)
-            for (int64_t t = 0; t < tiles; t += ROWS)
-                multiply_some(
-                    x + (p * tiles + t) * of->channels, x_scale + p * tiles + t,
-                    of->weight + (k * ALL + p * GROUP) * of->channels, of->weight_scale + p * of->outputs + k,
-                    of->channels, sums + (t * ALL + p) * GROUP, ALL * GROUP, tiles - t
-                );
+            for (int64_t t = 0; t < tiles; t += ROWS) {
+                int64_t row = p * tiles + t;
+                multiply_some(of, p, k, x + row * size, x_scale + row, sums + (t * ALL + p) * GROUP, tiles - t);
+            }
         for (int64_t t = 0; t < tiles; t++) restore_tile(of, place_of(of, first + t), k, sums + t * ALL * GROUP);
     }
 }
 
-/* Whether this processor can run it. */
-int can_run(void) { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"); }
+/* Whether this processor can run it, with products of float32 and with those of integers. */
+int can_multiply_floats(void) { return __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }
+int can_multiply_integers(void) {
+    return can_multiply_floats() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
 
 /* Zero, or one where memory is short. */
 int convolve(const Convolution *of) {
@@ -273,7 +318,7 @@ int convolve(const Convolution *of) {
     int is_short = 0;
 #pragma omp parallel num_threads(of->threads) reduction(| : is_short)
     {
-        void *memory = aligned_alloc(64, bytes_of(at_once, of->channels));
+        void *memory = aligned_alloc(64, bytes_of(of, at_once));
         is_short |= !memory;
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < tiles; first += at_once)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from model import integer_winograd
+from model import compiled_winograd
+from model.compiled_winograd import LARGEST_NORM, TILE, CompiledWinograd, can_compute
 from model.conv_norm import ConvNorm
-from model.integer_winograd import LARGEST_NORM, TILE, IntegerWinograd, can_quantise
 from model.winograd import transforms
 from tests.model.conftest import needs_compiled
 
@@ -76,11 +76,33 @@ def test_it_is_the_slow_loop(
     if conv.bias is not None:
         conv.bias.mul_(scale)
     x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
-    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     assert found.is_contiguous(memory_format=torch.channels_last)
     expected = _by_slow_loop(x, conv)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3 * scale)
     assert float((found - expected).norm()) < 0.4 * float((found - _directly(x, conv)).norm())
+
+
+@needs_compiled
+@settings(deadline=None, max_examples=60)
+@given(
+    num_images=st.integers(1, 3),
+    channels=st.sampled_from([16, 32, 48]),
+    outputs=st.sampled_from([64, 128]),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    bf16=st.booleans(),
+)
+@torch.inference_mode()
+def test_in_float32_it_is_the_plain_sum(
+    num_images: int, channels: int, outputs: int, height: int, width: int, scale: float, bf16: bool
+) -> None:
+    torch.manual_seed(0)
+    conv = _conv(channels, outputs)
+    x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
+    found = CompiledWinograd(conv, in_integers=False)(x, None, relu=False)
+    torch.testing.assert_close(found.double(), _directly(x, conv), rtol=1e-6, atol=3e-5 * scale)
 
 
 @needs_compiled
@@ -90,10 +112,10 @@ def test_it_is_the_slow_loop(
 def test_the_sum_and_the_relu_come_before_the_one_rounding(out: torch.dtype, plus_in: torch.dtype) -> None:
     torch.manual_seed(0)
     conv, x, plus = _conv(64, 64), torch.randn(2, 64, 23, 18), torch.randn(2, 64, 23, 18).to(plus_in)
-    bare = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
-    found = IntegerWinograd(conv, out)(x, plus, relu=True)
+    bare = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
+    found = CompiledWinograd(conv, in_integers=True, dtype=out)(x, plus, relu=True)
     assert torch.equal(found, (bare + plus).relu().to(out))
-    assert torch.equal(IntegerWinograd(conv, out)(x, plus, relu=False), (bare + plus).to(out))
+    assert torch.equal(CompiledWinograd(conv, in_integers=True, dtype=out)(x, plus, relu=False), (bare + plus).to(out))
 
 
 @needs_compiled
@@ -109,9 +131,11 @@ def test_it_rounds_less_than_bfloat16() -> None:
 
     by_bfloat16 = error_of(F.conv2d(x, conv.weight.bfloat16(), padding=1))
     rounded, precise = (
-        error_of(IntegerWinograd(conv, dtype)(x, None, relu=False)) for dtype in (torch.bfloat16, torch.float32)
+        error_of(CompiledWinograd(conv, in_integers=True, dtype=dtype)(x, None, relu=False))
+        for dtype in (torch.bfloat16, torch.float32)
     )
     assert 1.3e-3 < precise < 1.5e-3 < rounded < 2.2e-3 < by_bfloat16 < 2.5e-3
+    assert 2e-6 < error_of(CompiledWinograd(conv, in_integers=False)(x, None, relu=False)) < 4e-6
 
 
 @needs_compiled
@@ -124,7 +148,7 @@ def test_no_sum_overflows_where_inputs_and_kernel_are_one_vector(channels: int) 
     conv.weight[:] = vector[None, :, None, None]
     x = vector.view(1, -1, 1, 1).expand(1, channels, 12, 11)
     expected = _directly(x, conv)
-    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.max()))
 
 
@@ -134,16 +158,17 @@ def test_one_channel_alone_fits_sixteen_bits() -> None:
     conv, x = _conv(64, 64, bias=False), torch.zeros(1, 64, 10, 10)
     x[:, 5] = 1e6
     expected = _directly(x, conv)
-    found = IntegerWinograd(conv, torch.float32)(x, None, relu=False)
+    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
 
 @needs_compiled
+@pytest.mark.parametrize("in_integers", [True, False])
 @torch.inference_mode()
-def test_an_image_is_computed_the_same_whatever_is_beside_it() -> None:
+def test_an_image_is_computed_the_same_whatever_is_beside_it(in_integers: bool) -> None:
     """To the bit: in any batch, by any number of threads."""
     torch.manual_seed(0)
-    layer, x = IntegerWinograd(_conv(32, 64), torch.bfloat16), torch.randn(40, 32, 14, 14)
+    layer, x = CompiledWinograd(_conv(32, 64), in_integers=in_integers), torch.randn(40, 32, 14, 14)
     together = layer(x, None, relu=True)
     alone = torch.cat([layer(one[None], None, relu=True) for one in x])
     assert torch.equal(together, alone)
@@ -157,11 +182,12 @@ def test_an_image_is_computed_the_same_whatever_is_beside_it() -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize("in_integers", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @torch.inference_mode()
-def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(value: float) -> None:
+def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(in_integers: bool, value: float) -> None:
     torch.manual_seed(0)
-    layer, x = IntegerWinograd(_conv(16, 64), torch.float32), torch.randn(1, 16, 20, 20)
+    layer, x = CompiledWinograd(_conv(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
     clean = layer(x, None, relu=True)
     x[0, 3, 7, 12] = value
     found = layer(x, None, relu=True)
@@ -175,12 +201,12 @@ def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(value: float) 
 @torch.inference_mode()
 def test_nothing_and_next_to_nothing_are_zero() -> None:
     conv = _conv(16, 64, bias=False)
-    layer = IntegerWinograd(conv, torch.float32)
+    layer = CompiledWinograd(conv, in_integers=True)
     assert not layer(torch.zeros(1, 16, 9, 9), None, relu=False).any()
     assert not layer(torch.full((1, 16, 9, 9), 1e-42), None, relu=False).any()
     assert layer(torch.zeros(0, 16, 9, 9), None, relu=False).shape == (0, 64, 9, 9)
     conv.weight.zero_()
-    assert not IntegerWinograd(conv, torch.float32)(torch.ones(1, 16, 9, 9), None, relu=False).any()
+    assert not CompiledWinograd(conv, in_integers=True)(torch.ones(1, 16, 9, 9), None, relu=False).any()
 
 
 @needs_compiled
@@ -199,26 +225,28 @@ def test_nothing_and_next_to_nothing_are_zero() -> None:
     ],
 )
 def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
-    assert can_quantise(conv) is expected
+    assert can_compute(conv, in_integers=True) is expected
+    assert can_compute(conv, in_integers=False) is expected
 
 
 def test_without_the_compiled_kernel_it_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    integer_winograd._library.cache_clear()
+    compiled_winograd._library.cache_clear()
     try:
-        assert not can_quantise(nn.Conv2d(256, 256, 3, padding=1))
+        assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=False)
     finally:
-        integer_winograd._library.cache_clear()
+        compiled_winograd._library.cache_clear()
 
 
 @needs_compiled
+@pytest.mark.parametrize(("in_integers", "atol"), [(True, 2e-2), (False, 2e-5)])
 @torch.inference_mode()
-def test_a_layer_that_has_it_is_the_layer() -> None:
+def test_a_layer_that_has_it_is_the_layer(in_integers: bool, atol: float) -> None:
     torch.manual_seed(0)
     layer = ConvNorm(16, 64, kernel_size=3)
     x, plus = torch.randn(1, 16, 44, 52), torch.randn(1, 64, 44, 52)
     expected, with_sum = layer(x), layer(x, plus)
-    layer.winograd = IntegerWinograd(layer.conv, torch.float32)
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=2e-2)
-    torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=2e-2)
+    layer.winograd = CompiledWinograd(layer.conv, in_integers=in_integers)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=atol)
+    torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=atol)
     assert not torch.equal(layer(x), expected)  # by the other way, then
