@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.winograd import transforms
 
 TILE = 5
-GROUP, LANES = 64, 16
+GROUP, LANES = 32, 16
 """Whose multiples outputs and channels must be."""
 LARGEST_NORM = 46_000
 """Of the integers at a point, as in winograd.c."""

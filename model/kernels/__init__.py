@@ -1,4 +1,4 @@
-"""Triton kernels: what CUDA runs in place of torch's operators, each with a slow loop it must agree with."""
+"""What runs in place of torch's operators: Triton on CUDA, C on CPUs. Each has a slow loop it must agree with."""
 
 import importlib.util
 

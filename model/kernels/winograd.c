@@ -17,8 +17,8 @@
 #define PAIRS 3
 #define ALL (POINTS * POINTS)
 #define LANES 16              /* floats of a register */
-#define GROUP 64              /* output channels computed at once */
-#define ROWS 6                /* tiles multiplied at once: with GROUP, as many sums as there are registers */
+#define GROUP 32              /* output channels computed at once */
+#define ROWS 6                /* tiles multiplied at once: with GROUP, sums enough that none waits for itself */
 #define MOST_TILES 18         /* of a thread at once: more of them would not stay in its cache */
 #define LARGEST_NORM 46000.f  /* of the integers of a vector: the square of it, and of its rounding, is below 2^31 */
 #define INLINE static inline __attribute__((always_inline))
