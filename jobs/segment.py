@@ -55,6 +55,8 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
     Raises:
         ConfigError: the request is wrong; nothing was started.
     """
+    from model import compiled_winograd  # brings torch, for which --help need not wait
+
     started = time.monotonic()
     refuse_credentials(config.output)
     config = replace(config, output=storage.public_uri(config.output))  # absolute: actors have folders of their own
@@ -80,6 +82,8 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             summary.seconds = time.monotonic() - started
             return summary
         logger.info("the model computes in %s on %s", precision, device)
+        if device == "cpu" and compiled_winograd.is_missing():
+            logger.warning("its C kernel was not compiled: with a C compiler, install maskline again to be faster")
         try:
             commits.create_table(config.output)
         except OSError as error:

@@ -48,6 +48,11 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
+def is_missing() -> bool:
+    """Whether this processor could run it, and there was nothing to compile it with."""
+    return torch.cpu._is_avx512_supported() and _library() is None
+
+
 def can_compute(conv: nn.Conv2d, *, in_integers: bool) -> bool:
     """Whether `conv` is one that can run so, here."""
     library = _library()

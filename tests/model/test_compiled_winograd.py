@@ -229,13 +229,23 @@ def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
     assert can_compute(conv, in_integers=False) is expected
 
 
-def test_without_the_compiled_kernel_it_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_where_it_was_not_compiled_it_stands_for_nothing_and_is_missed_if_it_could_run(
+    monkeypatch: pytest.MonkeyPatch, has_avx512: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     compiled_winograd._library.cache_clear()
     try:
         assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=False)
+        assert compiled_winograd.is_missing() is has_avx512
     finally:
         compiled_winograd._library.cache_clear()
+
+
+@needs_compiled
+def test_where_it_was_compiled_it_is_not_missing() -> None:
+    assert not compiled_winograd.is_missing()
 
 
 @needs_compiled
