@@ -49,14 +49,23 @@ STOP_SECONDS = 60.0
 """A run asked to stop that is still there so long after its grace period hangs; it says where, and ends with 1."""
 
 
+def _warn_of_missing_kernel() -> None:
+    """Of this machine, which the others are taken to be like."""
+    from model import compiled_winograd  # brings torch, for which --help need not wait
+
+    reason = compiled_winograd.why_missing()
+    if reason is not None:
+        logger.warning(
+            "the model is slower than it could be, without its kernel in C: %s; with GCC, install again", reason
+        )
+
+
 def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | None = None) -> Summary:
     """Run it. ``load_segmenter`` takes the place of the weights' own model (benchmarks use it).
 
     Raises:
         ConfigError: the request is wrong; nothing was started.
     """
-    from model import compiled_winograd  # brings torch, for which --help need not wait
-
     started = time.monotonic()
     refuse_credentials(config.output)
     config = replace(config, output=storage.public_uri(config.output))  # absolute: actors have folders of their own
@@ -82,8 +91,8 @@ def segment(config: SegmentConfig, load_segmenter: Callable[[], Segmenter] | Non
             summary.seconds = time.monotonic() - started
             return summary
         logger.info("the model computes in %s on %s", precision, device)
-        if device == "cpu" and compiled_winograd.is_missing():
-            logger.warning("its C kernel was not compiled: with a C compiler, install maskline again to be faster")
+        if device == "cpu":
+            _warn_of_missing_kernel()
         try:
             commits.create_table(config.output)
         except OSError as error:

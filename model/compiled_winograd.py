@@ -1,9 +1,11 @@
 """3×3 convolution at stride 1 by Winograd's F(5×5, 3×3), compiled: in float32, or in integers in place of bfloat16.
 
-It is compiled where maskline is installed, if there is a C compiler, and runs on processors with AVX-512. Outputs that
-spread by one (256 channels) are off by 3·10⁻⁶ (root mean square) in float32, by 1.4·10⁻³ in 16-bit integers and, as
-bfloat16, by 2.2·10⁻³, where those of the plain sum in bfloat16 are by 2.3·10⁻³. In integers what is below 10⁻¹⁷ counts
-as nothing, and what is above 10¹⁷ as not finite; in either its tile shows what is not finite as not a number.
+It is compiled where maskline is installed, if there is GCC, and runs on processors with AVX-512. Outputs that spread by
+one (256 channels) are off by 3·10⁻⁶ (root mean square) in float32, by 1.4·10⁻³ in 16-bit integers and, as bfloat16, by
+2.2·10⁻³, where those of the plain sum in bfloat16 are by 2.3·10⁻³.
+
+Of what is not finite no output that hangs on it is finite, and of its tile others may not be. In integers what is below
+10⁻¹⁹ may count as nothing and what is above 10¹⁷ as not finite.
 """
 
 # N images, C channels, K outputs, H × W a map; P points of a tile.
@@ -21,9 +23,11 @@ from model.winograd import transforms
 
 TILE = 5
 GROUP, LANES = 32, 16
-"""Whose multiples outputs and channels must be."""
+"""Outputs must be a multiple of the first, channels of the second."""
 LARGEST_NORM = 46_000
 """Of the integers at a point, as in winograd.c."""
+VERSION = 1
+"""As in winograd.c."""
 
 
 class _Convolution(ctypes.Structure):
@@ -37,27 +41,30 @@ class _Convolution(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    """None where it was not compiled."""
+def _library() -> ctypes.CDLL | str:
+    """Or why there is none."""
     spec = importlib.util.find_spec("model.kernels._winograd")
     if spec is None or spec.origin is None:
-        return None
+        return "it was not compiled"
     try:
-        return ctypes.CDLL(spec.origin)
-    except OSError:  # torch came without OpenMP, whose threads it shares
-        return None
+        library = ctypes.CDLL(spec.origin)
+    except OSError as error:  # as where torch's threads, which it shares, are not those of GCC's OpenMP
+        return f"it cannot be loaded: {error}"
+    is_ours = hasattr(library, "version") and library.version() == VERSION
+    return library if is_ours else "it was compiled from another version"
 
 
-def is_missing() -> bool:
-    """Whether this processor could run it, and there was nothing to compile it with."""
-    return torch.cpu._is_avx512_supported() and _library() is None
+def why_missing() -> str | None:
+    """Why a processor that could run it does without."""
+    library = _library()
+    return library if isinstance(library, str) and torch.cpu._is_avx512_supported() else None
 
 
 def can_compute(conv: nn.Conv2d, *, in_integers: bool) -> bool:
     """Whether `conv` is one that can run so, here."""
     library = _library()
     return (
-        library is not None
+        isinstance(library, ctypes.CDLL)
         and bool(library.can_multiply_integers() if in_integers else library.can_multiply_floats())
         and conv.kernel_size == (3, 3)
         and conv.stride == conv.padding == conv.dilation == (1, 1)
@@ -89,11 +96,14 @@ class CompiledWinograd:
             at_points = (at_points / self._scale.clamp(min=smallest)[..., None]).round_().short()
         groups = at_points.view(len(at_points), num_outputs // GROUP, GROUP, channels // pair, pair)
         self._weight = groups.permute(1, 0, 3, 2, 4).contiguous()  # (K / GROUP, P, C, GROUP), channels in pairs
+        self._channels = channels
         self._bias = torch.zeros(num_outputs) if conv.bias is None else conv.bias.detach().float()
 
     def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
         """``relu(conv(x) + plus)``, (N, K, H, W) channels-last; the ReLU and the sum where asked for."""
         num_images, channels, height, width = x.shape
+        assert channels == self._channels
+        assert plus is None or plus.shape == (num_images, len(self._bias), height, width)
         x, plus = _cells(x), None if plus is None else _cells(plus)
         y = torch.empty(num_images, height, width, len(self._bias), dtype=self.dtype)
         convolution = _Convolution(
@@ -117,7 +127,7 @@ class CompiledWinograd:
             threads=torch.get_num_threads(),
         )
         library = _library()
-        assert library is not None
+        assert isinstance(library, ctypes.CDLL)
         if library.convolve(ctypes.byref(convolution)):
             raise MemoryError(f"no memory to convolve maps {(num_images, channels, height, width)}")
         return y.permute(0, 3, 1, 2)

@@ -161,8 +161,8 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
 def _round(network: Network, device: torch.device) -> None:
     """To bfloat16, but for the box head's outputs and, on a CPU, what costs little or nothing there in float32.
 
-    That is the stem, whose roundings each later layer inherits, the box head's small layer, the weights of which
-    integers are made and, but on processors with tiles of bfloat16, the RPN.
+    That is the stem, whose roundings each later layer inherits, the box head's small layer, the weights that integers
+    are made of and, but on processors with tiles of bfloat16, the RPN.
     """
     head = network.box_head
     precise: list[nn.Module] = [head.class_logits, head.deltas]

@@ -13,7 +13,7 @@
 #include <string.h>
 
 #define TILE 5                /* outputs of a tile along an axis */
-#define POINTS (TILE + 2)     /* of one along an axis: three pairs that differ in sign, and infinity */
+#define POINTS (TILE + 2)     /* along an axis of a tile: three pairs that differ in sign, and infinity */
 #define PAIRS 3
 #define ALL (POINTS * POINTS)
 #define LANES 16              /* floats of a register */
@@ -130,7 +130,8 @@ UNROLL
     }
 }
 
-/* Integers and what one of them is worth; not a number where a value is none, or infinite. */
+/* Integers and what one of them is worth: nothing where the squares of all vanish, not a number where the sum of the
+   squares is not finite. */
 INLINE float quantise(const float *values, int16_t *integers, int64_t channels) {
     __m512 squares = _mm512_setzero_ps(), largest = _mm512_setzero_ps();
     for (int64_t c = 0; c < channels; c += LANES) {
@@ -138,12 +139,12 @@ INLINE float quantise(const float *values, int16_t *integers, int64_t channels) 
         squares = _mm512_fmadd_ps(v, v, squares);
         largest = _mm512_max_ps(largest, _mm512_abs_ps(v));
     }
-    float norm = sqrtf(_mm512_reduce_add_ps(squares));
-    float unit = fmaxf(norm / LARGEST_NORM, _mm512_reduce_max_ps(largest) / INT16_MAX);
-    if (!(norm > FLT_MIN && norm <= FLT_MAX)) {
+    float sum = _mm512_reduce_add_ps(squares);
+    if (!(sum >= FLT_MIN && sum <= FLT_MAX)) {
         memset(integers, 0, channels * sizeof *integers);
-        return norm <= FLT_MAX ? 0 : NAN;
+        return sum <= FLT_MAX ? 0 : NAN;
     }
+    float unit = fmaxf(sqrtf(sum) / LARGEST_NORM, _mm512_reduce_max_ps(largest) / INT16_MAX);
     __m512 per = _mm512_set1_ps(1 / unit);
     for (int64_t c = 0; c < channels; c += LANES) {
         __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(values + c), per));
@@ -210,7 +211,7 @@ UNROLL
         }
 }
 
-/* Outputs k to k + GROUP of `tiles` tiles at a point. */
+/* Outputs k to k + GROUP of `rows` tiles at a point. */
 INLINE void multiply(
     const Convolution *of, int64_t point, int64_t k, const void *x, const float *x_scale, float *sums, const int rows
 ) {
@@ -303,8 +304,13 @@ static void convolve_tiles(const Convolution *of, int64_t first, int64_t tiles, 
     }
 }
 
+/* Of what compiled_winograd.py hands over: to be raised with each change, lest a file of before be called. */
+int version(void) { return 1; }
+
 /* Whether this processor can run it, with products of float32 and with those of integers. */
-int can_multiply_floats(void) { return __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"); }
+int can_multiply_floats(void) {
+    return __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
 int can_multiply_integers(void) {
     return can_multiply_floats() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 }
@@ -312,9 +318,10 @@ int can_multiply_integers(void) {
 /* Zero, or one where memory is short. */
 int convolve(const Convolution *of) {
     int64_t tiles = of->images * tiles_along(of->height) * tiles_along(of->width);
+    if (!tiles) return 0;
     int64_t blocks = (tiles + MOST_TILES - 1) / MOST_TILES;
     blocks = (blocks + of->threads - 1) / of->threads * of->threads; /* as many for each thread */
-    int64_t at_once = blocks ? (tiles + blocks - 1) / blocks : 0;
+    int64_t at_once = (tiles + blocks - 1) / blocks;
     int is_short = 0;
 #pragma omp parallel num_threads(of->threads) reduction(| : is_short)
     {

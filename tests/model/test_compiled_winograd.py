@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +20,7 @@ from model.conv_norm import ConvNorm
 from model.winograd import transforms
 from tests.model.conftest import needs_compiled
 
+ROOT = Path(__file__).parents[2]
 POINTS = TILE + 2
 
 
@@ -184,17 +192,22 @@ def test_an_image_is_computed_the_same_whatever_is_beside_it(in_integers: bool) 
 @needs_compiled
 @pytest.mark.parametrize("in_integers", [True, False])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("row", "column"), [(7, 12), (9, 14), (10, 15), (0, 0)])
 @torch.inference_mode()
-def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(in_integers: bool, value: float) -> None:
+def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(
+    in_integers: bool, value: float, row: int, column: int
+) -> None:
     torch.manual_seed(0)
     layer, x = CompiledWinograd(_conv(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
-    clean = layer(x, None, relu=True)
-    x[0, 3, 7, 12] = value
-    found = layer(x, None, relu=True)
-    own = torch.zeros(20, 20, dtype=torch.bool)
-    own[5:10, 10:15] = True
-    assert found[0, :, own].isnan().all()
-    assert torch.equal(found[0, :, ~own], clean[0, :, ~own])
+    clean = layer(x, None, relu=False)
+    x[0, 3, row, column] = value
+    found = layer(x, None, relu=False)[0]
+    sees = torch.zeros(20, 20, dtype=torch.bool)  # the outputs that hang on it
+    sees[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+    tiles = sees.view(4, 5, 4, 5).any(dim=3).any(dim=1)
+    own = tiles.repeat_interleave(5, dim=0).repeat_interleave(5, dim=1)
+    assert not found[:, sees].isfinite().any()
+    assert torch.equal(found[:, ~own], clean[0, :, ~own])
 
 
 @needs_compiled
@@ -229,23 +242,59 @@ def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
     assert can_compute(conv, in_integers=False) is expected
 
 
-@pytest.mark.parametrize("has_avx512", [True, False])
-def test_where_it_was_not_compiled_it_stands_for_nothing_and_is_missed_if_it_could_run(
-    monkeypatch: pytest.MonkeyPatch, has_avx512: bool
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Where the library is looked for again."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     compiled_winograd._library.cache_clear()
-    try:
-        assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=False)
-        assert compiled_winograd.is_missing() is has_avx512
-    finally:
-        compiled_winograd._library.cache_clear()
+    yield monkeypatch
+    compiled_winograd._library.cache_clear()
+
+
+def test_where_it_was_not_compiled_it_stands_for_nothing(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr("importlib.util.find_spec", lambda _: None)
+    assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=False)
+    assert compiled_winograd.why_missing() == "it was not compiled"
+    fresh.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert compiled_winograd.why_missing() is None
+
+
+def test_a_file_that_does_not_load_is_left_alone(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    fresh.setattr("importlib.util.find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "broken.so")))
+    assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=True)
+    assert "broken.so" in str(compiled_winograd.why_missing())
 
 
 @needs_compiled
-def test_where_it_was_compiled_it_is_not_missing() -> None:
-    assert not compiled_winograd.is_missing()
+def test_a_file_of_another_version_is_left_alone(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(compiled_winograd, "VERSION", -1)
+    assert not can_compute(nn.Conv2d(256, 256, 3, padding=1), in_integers=True)
+    assert compiled_winograd.why_missing() == "it was compiled from another version"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="wants GCC")
+def test_where_there_is_gcc_it_was_compiled() -> None:
+    """Lest all else here be left out without a word."""
+    assert compiled_winograd.why_missing() is None
+
+
+@needs_compiled
+def test_short_memory_is_said() -> None:
+    script = """
+import resource, torch
+from torch import nn
+from model.compiled_winograd import CompiledWinograd
+layer = CompiledWinograd(nn.Conv2d(16384, 32, 3, padding=1), in_integers=True)
+few, many = (torch.zeros(n, 8, 8, 16384).permute(0, 3, 1, 2) for n in (1, 20))
+layer(few, None, relu=False)  # whose threads have begun
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used, used))
+layer(many, None, relu=False)
+"""
+    found = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 1
+    assert "MemoryError: no memory to convolve maps (20, 16384, 8, 8)" in found.stderr
 
 
 @needs_compiled
