@@ -118,6 +118,17 @@ def test_wide_convolutions_go_by_winograd_in_float32(
 
 
 @needs_compiled
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", Winograd), ("bf16", CompiledWinograd)])
+def test_convolutions_of_the_box_head_go_by_what_is_faster_on_small_maps(
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, kind: type
+) -> None:
+    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    config = ModelConfig(body="resnet18", body_width=8, box_head="4conv1fc", num_classes=2)
+    running = ready_to_run(build_network(config, Recipe()), CPU, precision, exact=False)
+    assert {type(part.winograd) for part in running.box_head.convs if isinstance(part, ConvNorm)} == {kind}
+
+
+@needs_compiled
 @pytest.mark.parametrize("has_tiles", [False, True])
 def test_bfloat16_goes_by_integers_but_on_processors_with_tiles_of_it(
     wide: Network, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
