@@ -19,7 +19,7 @@ import importlib.util
 import torch
 from torch import Tensor, nn
 
-from model.winograd import transforms
+from model.winograd import is_plain, transforms
 
 TILE = 5
 GROUP, LANES = 32, 16
@@ -66,9 +66,7 @@ def can_compute(conv: nn.Conv2d, *, in_integers: bool) -> bool:
     return (
         isinstance(library, ctypes.CDLL)
         and bool(library.can_multiply_integers() if in_integers else library.can_multiply_floats())
-        and conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
-        and conv.groups == 1
+        and is_plain(conv)
         and conv.in_channels % LANES == 0
         and conv.out_channels % GROUP == 0
     )
@@ -96,13 +94,12 @@ class CompiledWinograd:
             at_points = (at_points / self._scale.clamp(min=smallest)[..., None]).round_().short()
         groups = at_points.view(len(at_points), num_outputs // GROUP, GROUP, channels // pair, pair)
         self._weight = groups.permute(1, 0, 3, 2, 4).contiguous()  # (K / GROUP, P, C, GROUP), channels in pairs
-        self._channels = channels
         self._bias = torch.zeros(num_outputs) if conv.bias is None else conv.bias.detach().float()
 
     def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
         """``relu(conv(x) + plus)``, (N, K, H, W) channels-last; the ReLU and the sum where asked for."""
         num_images, channels, height, width = x.shape
-        assert channels == self._channels
+        assert channels == self._weight.shape[2] * self._weight.shape[4]
         assert plus is None or plus.shape == (num_images, len(self._bias), height, width)
         x, plus = _cells(x), None if plus is None else _cells(plus)
         y = torch.empty(num_images, height, width, len(self._bias), dtype=self.dtype)

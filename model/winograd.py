@@ -42,12 +42,15 @@ _ONE = 1
 """Which of them is 1, where a constant is one everywhere: what is added to its products is added to all outputs."""
 
 
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether it is a 3×3 convolution at stride 1, padded by one, of all channels."""
+    return conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
+
+
 def can_transform(conv: nn.Conv2d) -> bool:
     """Whether `conv` is one that this may be the faster form of."""
     return (
-        conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
-        and conv.groups == 1
+        is_plain(conv)
         and conv.in_channels in CHANNELS
         and conv.out_channels in CHANNELS
         and can_fuse_on_cpu(torch.float32)

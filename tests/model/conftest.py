@@ -23,6 +23,19 @@ needs_compiled = pytest.mark.skipif(
 )
 
 
+def conv_3x3(channels: int, outputs: int, *, bias: bool = True) -> torch.nn.Conv2d:
+    """Whose outputs spread by one where its inputs do."""
+    conv = torch.nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
+    torch.nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
+    return conv.requires_grad_(False)
+
+
+def convolve(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
+    """The plain sum, in float64."""
+    bias = None if conv.bias is None else conv.bias.double()
+    return torch.nn.functional.conv2d(x.double(), conv.weight.double(), bias, padding=1)
+
+
 def coco_paths() -> list[Path]:
     """The 100 images, or none where they are not."""
     return sorted((DATA / "coco100" / "images").glob("*.jpg"))

@@ -18,21 +18,17 @@ from model import compiled_winograd
 from model.compiled_winograd import LARGEST_NORM, TILE, CompiledWinograd, can_compute
 from model.conv_norm import ConvNorm
 from model.winograd import transforms
-from tests.model.conftest import needs_compiled
+from tests.model.conftest import conv_3x3, convolve, needs_compiled
 
 ROOT = Path(__file__).parents[2]
 POINTS = TILE + 2
-
-
-def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
-    """Whose outputs spread by one where its inputs do."""
-    conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
-    nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
-    return conv.requires_grad_(False)
-
-
-def _directly(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    return F.conv2d(x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double(), padding=1)
+MAPS = {
+    "num_images": st.integers(1, 3),
+    "channels": st.sampled_from([16, 32, 48]),
+    "outputs": st.sampled_from([32, 96]),
+    "height": st.integers(1, 17),
+    "width": st.integers(1, 17),
+}
 
 
 def _by_slow_loop(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -65,11 +61,7 @@ def _quantised(vectors: Tensor) -> tuple[Tensor, Tensor]:
 @needs_compiled
 @settings(deadline=None, max_examples=60)
 @given(
-    num_images=st.integers(1, 3),
-    channels=st.sampled_from([16, 32, 48]),
-    outputs=st.sampled_from([32, 96]),
-    height=st.integers(1, 17),
-    width=st.integers(1, 17),
+    **MAPS,
     scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e12]),
     bias=st.booleans(),
     bf16=st.booleans(),
@@ -80,7 +72,7 @@ def test_it_is_the_slow_loop(
 ) -> None:
     """But for the few values so near the middle of two whole numbers that float32 rounds to the other."""
     torch.manual_seed(0)
-    conv = _conv(channels, outputs, bias=bias)
+    conv = conv_3x3(channels, outputs, bias=bias)
     if conv.bias is not None:
         conv.bias.mul_(scale)
     x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
@@ -88,17 +80,13 @@ def test_it_is_the_slow_loop(
     assert found.is_contiguous(memory_format=torch.channels_last)
     expected = _by_slow_loop(x, conv)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3 * scale)
-    assert float((found - expected).norm()) < 0.4 * float((found - _directly(x, conv)).norm())
+    assert float((found - expected).norm()) < 0.4 * float((found - convolve(x, conv)).norm())
 
 
 @needs_compiled
 @settings(deadline=None, max_examples=60)
 @given(
-    num_images=st.integers(1, 3),
-    channels=st.sampled_from([16, 32, 48]),
-    outputs=st.sampled_from([32, 96]),
-    height=st.integers(1, 17),
-    width=st.integers(1, 17),
+    **MAPS,
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
     bf16=st.booleans(),
 )
@@ -107,10 +95,10 @@ def test_in_float32_it_is_the_plain_sum(
     num_images: int, channels: int, outputs: int, height: int, width: int, scale: float, bf16: bool
 ) -> None:
     torch.manual_seed(0)
-    conv = _conv(channels, outputs)
+    conv = conv_3x3(channels, outputs)
     x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
     found = CompiledWinograd(conv, in_integers=False)(x, None, relu=False)
-    torch.testing.assert_close(found.double(), _directly(x, conv), rtol=1e-6, atol=3e-5 * scale)
+    torch.testing.assert_close(found.double(), convolve(x, conv), rtol=1e-6, atol=3e-5 * scale)
 
 
 @needs_compiled
@@ -119,7 +107,7 @@ def test_in_float32_it_is_the_plain_sum(
 @torch.inference_mode()
 def test_the_sum_and_the_relu_come_before_the_one_rounding(out: torch.dtype, plus_in: torch.dtype) -> None:
     torch.manual_seed(0)
-    conv, x, plus = _conv(64, 64), torch.randn(2, 64, 23, 18), torch.randn(2, 64, 23, 18).to(plus_in)
+    conv, x, plus = conv_3x3(64, 64), torch.randn(2, 64, 23, 18), torch.randn(2, 64, 23, 18).to(plus_in)
     bare = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     found = CompiledWinograd(conv, in_integers=True, dtype=out)(x, plus, relu=True)
     assert torch.equal(found, (bare + plus).relu().to(out))
@@ -131,8 +119,8 @@ def test_the_sum_and_the_relu_come_before_the_one_rounding(out: torch.dtype, plu
 def test_it_rounds_less_than_bfloat16() -> None:
     """The root mean square over outputs that spread by one, of the channels that pyramids have."""
     torch.manual_seed(0)
-    conv, x = _conv(256, 64, bias=False), torch.randn(1, 256, 53, 67).bfloat16()
-    expected = _directly(x, conv)
+    conv, x = conv_3x3(256, 64, bias=False), torch.randn(1, 256, 53, 67).bfloat16()
+    expected = convolve(x, conv)
 
     def error_of(y: Tensor) -> float:
         return float((y - expected).square().mean().sqrt())
@@ -155,7 +143,7 @@ def test_no_sum_overflows_where_inputs_and_kernel_are_one_vector(channels: int) 
     conv = nn.Conv2d(channels, 64, 3, padding=1, bias=False).requires_grad_(False)
     conv.weight[:] = vector[None, :, None, None]
     x = vector.view(1, -1, 1, 1).expand(1, channels, 12, 11)
-    expected = _directly(x, conv)
+    expected = convolve(x, conv)
     found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.max()))
 
@@ -163,9 +151,9 @@ def test_no_sum_overflows_where_inputs_and_kernel_are_one_vector(channels: int) 
 @needs_compiled
 @torch.inference_mode()
 def test_one_channel_alone_fits_sixteen_bits() -> None:
-    conv, x = _conv(64, 64, bias=False), torch.zeros(1, 64, 10, 10)
+    conv, x = conv_3x3(64, 64, bias=False), torch.zeros(1, 64, 10, 10)
     x[:, 5] = 1e6
-    expected = _directly(x, conv)
+    expected = convolve(x, conv)
     found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
@@ -176,7 +164,7 @@ def test_one_channel_alone_fits_sixteen_bits() -> None:
 def test_an_image_is_computed_the_same_whatever_is_beside_it(in_integers: bool) -> None:
     """To the bit: in any batch, by any number of threads."""
     torch.manual_seed(0)
-    layer, x = CompiledWinograd(_conv(32, 64), in_integers=in_integers), torch.randn(40, 32, 14, 14)
+    layer, x = CompiledWinograd(conv_3x3(32, 64), in_integers=in_integers), torch.randn(40, 32, 14, 14)
     together = layer(x, None, relu=True)
     alone = torch.cat([layer(one[None], None, relu=True) for one in x])
     assert torch.equal(together, alone)
@@ -198,7 +186,7 @@ def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(
     in_integers: bool, value: float, row: int, column: int
 ) -> None:
     torch.manual_seed(0)
-    layer, x = CompiledWinograd(_conv(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
+    layer, x = CompiledWinograd(conv_3x3(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
     clean = layer(x, None, relu=False)
     x[0, 3, row, column] = value
     found = layer(x, None, relu=False)[0]
@@ -213,7 +201,7 @@ def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(
 @needs_compiled
 @torch.inference_mode()
 def test_nothing_and_next_to_nothing_are_zero() -> None:
-    conv = _conv(16, 64, bias=False)
+    conv = conv_3x3(16, 64, bias=False)
     layer = CompiledWinograd(conv, in_integers=True)
     assert not layer(torch.zeros(1, 16, 9, 9), None, relu=False).any()
     assert not layer(torch.full((1, 16, 9, 9), 1e-42), None, relu=False).any()
@@ -223,23 +211,13 @@ def test_nothing_and_next_to_nothing_are_zero() -> None:
 
 
 @needs_compiled
-@pytest.mark.parametrize(
-    ("conv", "expected"),
-    [
-        (nn.Conv2d(256, 256, 3, padding=1), True),
-        (nn.Conv2d(16, 32, 3, padding=1), True),
-        (nn.Conv2d(24, 64, 3, padding=1), False),
-        (nn.Conv2d(64, 80, 3, padding=1), False),
-        (nn.Conv2d(256, 256, 3, padding=1, stride=2), False),
-        (nn.Conv2d(256, 256, 3), False),
-        (nn.Conv2d(256, 256, 1), False),
-        (nn.Conv2d(256, 256, 3, padding=1, groups=2), False),
-        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), False),
-    ],
-)
-def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
-    assert can_compute(conv, in_integers=True) is expected
-    assert can_compute(conv, in_integers=False) is expected
+@pytest.mark.parametrize("in_integers", [True, False])
+def test_it_stands_for_plain_convolutions_of_whole_groups(in_integers: bool) -> None:
+    assert can_compute(conv_3x3(256, 256), in_integers=in_integers)
+    assert can_compute(conv_3x3(16, 32), in_integers=in_integers)
+    assert not can_compute(conv_3x3(24, 64), in_integers=in_integers)
+    assert not can_compute(conv_3x3(64, 80), in_integers=in_integers)
+    assert not can_compute(nn.Conv2d(256, 256, 3, padding=1, stride=2), in_integers=in_integers)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,19 +11,12 @@ from model.compiled_winograd import TILE as COMPILED_TILE
 from model.conv_norm import ConvNorm
 from model.fused_conv import onednn_conv
 from model.winograd import POOLED_TILE, TILE, Winograd, can_transform, tile_of, transforms
+from tests.model.conftest import conv_3x3, convolve
 
 
 def _directly(x: Tensor, conv: nn.Conv2d, plus: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    y = F.conv2d(x.double(), conv.weight.double(), conv.bias.double() if conv.bias is not None else None, padding=1)
-    y = y if plus is None else y + plus
+    y = convolve(x, conv) if plus is None else convolve(x, conv) + plus
     return y.relu() if relu else y
-
-
-def _conv(channels: int, outputs: int, *, bias: bool = True) -> nn.Conv2d:
-    """Whose outputs spread by one where its inputs do."""
-    conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=bias)
-    nn.init.normal_(conv.weight, std=(9 * channels) ** -0.5)
-    return conv.requires_grad_(False)
 
 
 @pytest.mark.parametrize("tile", [COMPILED_TILE, TILE, POOLED_TILE])
@@ -71,7 +63,7 @@ def test_it_is_the_plain_sum(
 ) -> None:
     """Whatever the size, and however it is cut into blocks."""
     torch.manual_seed(0)
-    conv = _conv(channels, outputs, bias=bias)
+    conv = conv_3x3(channels, outputs, bias=bias)
     x = torch.randn(num_images, channels, height, width).to(memory_format=torch.channels_last)
     plus = torch.randn(num_images, outputs, height, width) if adds else None
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +82,7 @@ def test_it_is_the_plain_sum(
 def test_it_rounds_no_more_than_is_said(tile: int, shape: tuple[int, int, int], expected: float) -> None:
     """The root mean square over outputs that spread by one, with the channels that pyramids have."""
     torch.manual_seed(0)
-    conv, x = _conv(256, 64), torch.randn(shape[0], 256, *shape[1:])
+    conv, x = conv_3x3(256, 64), torch.randn(shape[0], 256, *shape[1:])
     assert tile_of(*shape[1:]) == tile
     error = (Winograd(conv)(x, None, relu=False) - _directly(x, conv)).square().mean().sqrt()
     assert expected / 2 < float(error) < expected * 1.5
@@ -106,7 +98,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_a_kernel_that_hands_on_its_centre_changes_nothing() -> None:
     x = torch.arange(2.0 * 3 * 9 * 6).view(2, 3, 9, 6).to(memory_format=torch.channels_last)
-    conv = _conv(3, 3)
+    conv = conv_3x3(3, 3)
     nn.init.dirac_(conv.weight)
     conv.bias = nn.Parameter(torch.tensor([0.0, 1, -1000]))
     found = Winograd(conv)(x, None, relu=True)
@@ -118,7 +110,7 @@ def test_a_kernel_that_hands_on_its_centre_changes_nothing() -> None:
 @torch.inference_mode()
 def test_bfloat16_enters_and_float32_leaves_without_a_rounding() -> None:
     torch.manual_seed(0)
-    conv = _conv(16, 8)
+    conv = conv_3x3(16, 8)
     x = torch.randn(1, 16, 20, 30).bfloat16()
     found = Winograd(conv)(x, None, relu=False)
     torch.testing.assert_close(found.double(), _directly(x, conv), rtol=0, atol=1e-4)
@@ -128,7 +120,7 @@ def test_bfloat16_enters_and_float32_leaves_without_a_rounding() -> None:
 @torch.inference_mode()
 def test_an_image_hangs_on_its_neighbours_by_rounding_alone() -> None:
     torch.manual_seed(0)
-    conv, x = _conv(8, 8), torch.randn(40, 8, 13, 9)
+    conv, x = conv_3x3(8, 8), torch.randn(40, 8, 13, 9)
     together = Winograd(conv)(x, None, relu=False)
     x[1:] *= 100
     beside_others = Winograd(conv)(x, None, relu=False)
@@ -139,7 +131,7 @@ def test_an_image_hangs_on_its_neighbours_by_rounding_alone() -> None:
 @torch.inference_mode()
 def test_maps_of_many_sizes_share_few_weights() -> None:
     """One set for each layout that oneDNN wants."""
-    conv = _conv(96, 96)
+    conv = conv_3x3(96, 96)
     layer = Winograd(conv)
     for width in range(8, 100, 6):
         layer(torch.randn(1, 96, 20, width), None, relu=False)
@@ -176,7 +168,7 @@ def test_what_it_stands_for(conv: nn.Conv2d, expected: bool) -> None:
     ],
 )
 def test_few_and_small_maps_are_left_to_the_plain_sum(shape: tuple[int, ...], expected: bool) -> None:
-    assert Winograd(_conv(1, 1)).pays(torch.Size(shape)) is expected
+    assert Winograd(conv_3x3(1, 1)).pays(torch.Size(shape)) is expected
 
 
 @torch.inference_mode()
