@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 
 import model
 from jobs import command
-from jobs.segment import main
+from jobs.segment import _warn_of_missing_kernel, main
 from jobs.segment_config import SegmentConfig
 from pipeline.results import open_results
 from pipeline.scenes import write_archive
@@ -252,6 +252,20 @@ def test_a_wrong_request_exits_2_and_starts_nothing(
     assert message in capsys.readouterr().err
     assert not ray.is_initialized()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reason", ["it was not compiled", None])
+def test_a_missing_kernel_is_said_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str | None
+) -> None:
+    monkeypatch.setattr("model.compiled_winograd.why_missing", lambda: reason)
+    _warn_of_missing_kernel()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == (
+        [f"the model is slower than it could be, without its kernel in C: {reason}; with GCC, install again"]
+        if reason
+        else []
+    )
 
 
 def test_a_wrong_request_is_one_line_in_a_terminal(weights: Path, tmp_path: Path) -> None:
