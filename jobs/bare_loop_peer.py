@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,8 @@ class ModelLoop:
     ) -> None:
         torch.set_num_threads(threads)
         self.net = model.load(weights, device=device, precision=precision)
-        decoded = [read_pixels(Path(path)) for path in paths]
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = list(pool.map(read_pixels, map(Path, paths)))
         images = [
             DecodedImage(index=index, pixels=pixels, size=size, orientation=1, num_bytes=0)
             for index, (pixels, size) in enumerate(zip(decoded, sizes_of(decoded), strict=True))
@@ -35,23 +37,28 @@ class ModelLoop:
             shape_of=lambda image: self.net.padded_size(image.size),
             max_waiting_bytes=2**40,
         )
-        self.batches = [[image.pixels for image in batch] for batch in grouped]
-        self.net.predict(self.batches[0], score_threshold=0.5)  # its first run is the slowest
+        self.pixels = [image.pixels for batch in grouped for image in batch]
+        _warm_up(self.net, self.pixels[0])
 
     def run(self) -> float:
-        """Seconds for all batches."""
+        """Seconds for all images."""
         started = time.perf_counter()
-        for batch in self.batches:
-            self.net.predict(batch, score_threshold=0.5)
+        self.net.predict(self.pixels, score_threshold=0.5)
         return time.perf_counter() - started
 
 
 def load_warm(weights: bytes, image: str, device: cluster.Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
-    """In an actor: the model, its first and slowest run behind it, as in the bare loop."""
+    """In an actor: the model, its first and slowest runs behind it, as in the bare loop."""
     segmenter = load_weights(weights, "benchmark", device, precision)
-    images = [read_pixels(Path(image))]
-    segmenter.encode(segmenter.detect(images, 0.5, sizes=sizes_of(images)), 0.5)
+    _warm_up(segmenter, read_pixels(Path(image)))
     return segmenter
+
+
+def _warm_up(segmenter: Segmenter, pixels: Pixels) -> None:
+    """Its first run is the slowest; a GPU captures its graph in the second."""
+    images = [pixels] * segmenter.batch_size
+    for _ in range(3 if torch.cuda.is_available() else 1):
+        segmenter.encode(segmenter.detect(images, 0.5, sizes=sizes_of(images)), 0.5)
 
 
 def read_pixels(path: Path) -> Pixels:

@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -27,17 +28,21 @@ WARM_STEPS = 3
 """Steps before those that count: the first are the slowest."""
 
 
-def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.device) -> float:
+def bare_seconds(
+    config: TrainConfig, make_trainee: MakeTrainee, device: torch.device, *, channels_last: bool = True
+) -> float:
     """Of the run's steps but the first few, on a thread for each CPU of a worker, by default as many as Ray counts."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     task = prepare(config, make_trainee)
     set_up_torch(config, device, config.cpus_per_worker or os.cpu_count() or 1)
     start = model.load(task.weights)
     trainee = make_trainee(start, config, WorkerGroup(), device)
-    network = trainee.network.to(weights_dtype(config)).to(memory_format=torch.channels_last)
+    network = trainee.network.to(weights_dtype(config)).to(memory_format=memory_format)
     optimiser = build_optimiser(network, config.optimiser)
-    batches = _batches(TrainingImages(task.train, loading_of(task, start, device)), task.num_steps, config, device)
+    kept = _batches(TrainingImages(task.train, loading_of(task, start, device)), task.num_steps, config, device)
+    batches = [replace(one, pixels=one.pixels.contiguous(memory_format=memory_format)) for one in kept]
     began = 0.0
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(itertools.islice(itertools.cycle(batches), task.num_steps)):
         if step == WARM_STEPS:
             _wait(device)
             began = time.monotonic()
@@ -52,11 +57,10 @@ def bare_seconds(config: TrainConfig, make_trainee: MakeTrainee, device: torch.d
 
 
 def _batches(images: TrainingImages, count: int, config: TrainConfig, device: torch.device) -> list[TrainingBatch]:
-    """On the device, channels-last as the loop makes them; each of the images once, then the same batches again."""
+    """On the device, as the loop makes them; each of the images once at most."""
     parts = images.parts(batch_size=config.batch_size, start=0, rank=0, num_workers=1, accumulate=1)
     num_kept = min(count, max(1, len(images) // config.batch_size))
-    kept = [laid_out(images[part].batch.to(device), config) for part in itertools.islice(parts, num_kept)]
-    return list(itertools.islice(itertools.cycle(kept), count))
+    return [laid_out(images[part].batch.to(device), config) for part in itertools.islice(parts, num_kept)]
 
 
 def _wait(device: torch.device) -> None:

@@ -11,7 +11,8 @@
 - ``model_vs_detectron2``: the same with detectron2's own R50-FPN, where it is installed.
 - ``bf16_box_ap_points``, ``bf16_mask_ap_points``, ``bf16_kept``: what bf16 changes in the answers of trained weights.
 - ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
-  network of the same shape with its losses.
+  network of the same shape with its losses, in float32 and its own order of memory, as its reference trains it;
+  ``step_vs_tuned_torchvision``: the same in our precision, channels-last.
 - ``train_vs_bare_step``: the loop of ``maskline train`` against our steps alone; ``train_vs_torchvision``: against
   torchvision's network and losses in our loop.
 
@@ -66,6 +67,8 @@ T = TypeVar("T")
 
 LOG_WIDTH = 200
 """Columns of a table that goes to a file."""
+TUNED_TORCHVISION = "torchvision, our precision, channels-last"
+
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
 
@@ -154,19 +157,22 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         history = History.from_json_lines((output / "metrics.jsonl").read_bytes())
         return sum(record.seconds for record in history.steps[warm:])
 
-    def run_bare(make_trainee: MakeTrainee, output: Path) -> float:
+    def run_bare(make_trainee: MakeTrainee, output: Path, *, as_reference: bool = False) -> float:
         measure = bare_training_peer.bare_seconds
         if "train" in config.parts:
             measure = _as_worker(measure, device)
-        return measure(replace(training, output=str(output)), make_trainee, torch.device(device))
+        settings = replace(training, output=str(output), precision="fp32" if as_reference else "auto")
+        return measure(settings, make_trainee, torch.device(device), channels_last=not as_reference)
 
-    trainees = {"maskline": our_trainee, "torchvision": torchvision_training_peer.torchvision_trainee}
-    measured = [(part, run) for part, run in (("step", run_bare), ("train", run_loop)) if part in config.parts]
-    systems: dict[tuple[str, str], Callable[[Path], float]] = {
-        (part, system): functools.partial(run, make_trainee)
-        for part, run in measured
-        for system, make_trainee in trainees.items()
-    }
+    theirs = torchvision_training_peer.torchvision_trainee
+    systems: dict[tuple[str, str], Callable[[Path], float]] = {}
+    if "step" in config.parts:
+        systems["step", "maskline"] = functools.partial(run_bare, our_trainee)
+        systems["step", "torchvision"] = functools.partial(run_bare, theirs, as_reference=True)
+        systems["step", TUNED_TORCHVISION] = functools.partial(run_bare, theirs)
+    if "train" in config.parts:
+        systems["train", "maskline"] = functools.partial(run_loop, our_trainee)
+        systems["train", "torchvision"] = functools.partial(run_loop, theirs)
     seconds = take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
     images = (steps - warm) * batch_size
     return [Row(part=part, system=system, images=images, seconds=times) for (part, system), times in seconds.items()]
@@ -178,8 +184,8 @@ def _as_worker(measure: Callable[..., float], device: cluster.Device) -> Callabl
     options = {"num_cpus": os.cpu_count(), "num_gpus": int(device == "cuda"), "max_calls": 1}
     remote: Any = ray.remote(**options, runtime_env=environment)(measure)
 
-    def measure_there(*given: object) -> float:
-        seconds: float = ray.get(remote.remote(*given))
+    def measure_there(*given: object, **named: object) -> float:
+        seconds: float = ray.get(remote.remote(*given, **named))
         return seconds
 
     return measure_there
@@ -192,6 +198,7 @@ def _ratios(rows: list[Row]) -> dict[str, float]:
         "pipeline_vs_best_ray_data": ("pipeline", "pipeline", "ray data, read_binary_files"),
         "end_to_end_vs_model_loop": ("end to end", "end to end", "bare model loop"),
         "step_vs_torchvision": ("step", "step", "torchvision"),
+        "step_vs_tuned_torchvision": ("step", "step", TUNED_TORCHVISION),
         "train_vs_bare_step": ("train", "step", "maskline"),
         "train_vs_torchvision": ("train", "train", "torchvision"),
     }

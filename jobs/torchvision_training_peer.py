@@ -1,7 +1,8 @@
 """The peer of ``maskline train``: torchvision's Mask R-CNN with torchvision's losses, in our loop, on our batches.
 
-It has the shape our config asks for and starts from our body's weights, the rest as torchvision initialises it. Bodies
-are ours, as torchvision has none of half the width; they agree with its ResNets to the last bit (tests).
+It has the shape our config asks for and starts from our body's weights, the rest as torchvision initialises it. Its
+bodies are its own, but of half the width, which it has none of: then it has ours, which agrees with its ResNets to the
+last bit (tests).
 """
 
 # N images, G objects of an image, C pyramid channels.
@@ -9,21 +10,24 @@ are ours, as torchvision has none of half the width; they agree with its ResNets
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+import torchvision
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from jobs.train_config import TrainConfig
@@ -31,7 +35,10 @@ from jobs.trainee import Trainee
 from model import Detections, ImageSize, MaskRCNN, ModelConfig, Recipe
 from model.ground_truth import TrainingBatch
 from model.losses import LossConfig
+from model.norm import norm_of
+from model.resnet import ARCHITECTURES
 from model.structures import Rle
+from model.torchvision_weights import torchvision_name
 from pipeline.errors import ConfigError
 from pipeline.training_evaluation import Predict
 from pipeline.worker_group import WorkerGroup
@@ -88,7 +95,7 @@ class _Losses(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """Our body under torchvision's pyramid."""
+    """A body that gives its maps as a list, under torchvision's pyramid."""
 
     def __init__(self, body: nn.Module, in_channels: Sequence[int], out_channels: int, *, fpn_norm: bool) -> None:
         super().__init__()
@@ -111,10 +118,9 @@ def _build(start: MaskRCNN, losses: LossConfig) -> nn.Module:
     config, recipe = start.config, start.recipe
     if config.neck != "fpn" or config.mask_head != "fcn" or config.box_head != "2fc" or config.num_keypoints:
         raise ConfigError("the torchvision peer has the pyramid, two linear layers and convolutional masks only")
-    body: Any = start.network.body
     channels = config.fpn_channels
     network: nn.Module = detection.MaskRCNN(
-        _Backbone(body, body.out_channels, channels, fpn_norm=config.fpn_norm),
+        _Backbone(_body(start), start.network.body.out_channels, channels, fpn_norm=config.fpn_norm),
         min_size=config.min_size,
         max_size=config.max_size,
         rpn_anchor_generator=AnchorGenerator(
@@ -139,6 +145,39 @@ def _build(start: MaskRCNN, losses: LossConfig) -> nn.Module:
         box_detections_per_img=recipe.max_detections,
     )
     return network
+
+
+class _OwnBody(nn.Module):
+    """torchvision's ResNet, which gives its maps by name."""
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        self.stages = IntermediateLayerGetter(resnet, {f"layer{index}": str(index) for index in range(1, 5)})
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return list(self.stages(pixels).values())
+
+
+def _body(start: MaskRCNN) -> nn.Module:
+    """torchvision's own, with the weights of ours, where it has one."""
+    config, ours = start.config, start.network.body
+    if config.body_width != ARCHITECTURES[config.body].width or start.recipe.bottleneck_stride != "3x3":
+        return ours
+    resnet: nn.Module = torchvision.models.get_model(config.body, weights=None, norm_layer=_norm(start))
+    theirs = {
+        torchvision_name(f"body.{name}", config).removeprefix("backbone.body."): value
+        for name, value in ours.state_dict().items()
+    }
+    left = resnet.load_state_dict(theirs, strict=False)
+    assert not left.unexpected_keys
+    assert all(name.startswith("fc.") for name in left.missing_keys)
+    return _OwnBody(resnet)
+
+
+def _norm(start: MaskRCNN) -> Callable[[int], nn.Module]:
+    if start.config.norm == "frozen":
+        return partial(FrozenBatchNorm2d, eps=start.recipe.norm_eps)
+    return norm_of(start.config.norm, start.recipe.norm_eps)
 
 
 def _pooler(config: ModelConfig, recipe: Recipe, resolution: int) -> nn.Module:
