@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.compiled_winograd import CompiledWinograd
+from model.fused_conv import stem_on_cells
 from model.kernels import run_kernels_on
 from model.norm import FrozenNorm, Norm, statistics
 from model.winograd import Winograd
@@ -63,22 +64,41 @@ class ConvNorm(nn.Module):
             return self.winograd(x, plus, relu=self.relu)
         if self.fused is not None:
             return self.fused(self.conv, x, plus, relu=self.relu)
+        if adds_by_kernel(x):
+            return self._in_training(x, plus)
         weight, bias, norm = self.conv.weight, self.conv.bias, self.norm
         in_half, x = autocasts(x), to_layer(x, self.conv)
         # In half precision the roundings need not be torchvision's, and passes over the maps are saved.
         if isinstance(norm, FrozenNorm) and in_half:  # nothing of it is trained, so it goes into the weights
             scale, bias = norm.scale_and_shift()
             weight, norm = weight * scale[:, None, None, None], None
-        add_by_kernel = in_half and run_kernels_on(x.device)
-        x = F.conv2d(x, weight, None if add_by_kernel else bias, **_shape(self.conv))
+        x = F.conv2d(x, weight, bias, *_shape(self.conv))
         x = x if norm is None else norm(x)
-        if add_by_kernel:
-            from model.kernels.maps import add_in_training
-
-            return add_in_training(x, bias, plus, relu=self.relu)
         if plus is not None:
             x = x.add_(plus)
         return x.relu_() if self.relu else x
+
+    def _in_training(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        """On a GPU in half precision; `plus` may be a coarser map where there is no ReLU."""
+        from model.conv_in_training import ConvShape, conv_in_training
+        from model.kernels.maps import add_in_training
+
+        weight, bias, shape = self.conv.weight, self.conv.bias, ConvShape(*_shape(self.conv))
+        if self.conv.kernel_size == (7, 7) and x.shape[2] % 2 == x.shape[3] % 2 == 0:  # the stem
+            x, weight = stem_on_cells(weight, x)
+            x, shape = F.pad(x, (2, 1, 2, 1)), ConvShape((1, 1), (0, 0), (1, 1), 1)
+        if self.norm is None:
+            return conv_in_training(x, weight, bias, plus, shape, relu=self.relu)
+        if isinstance(self.norm, FrozenNorm):
+            scale, shift = self.norm.kept_scale_and_shift()
+            return conv_in_training(x, weight, shift, plus, shape, scale=scale, relu=self.relu)
+        maps = self.norm(conv_in_training(x, weight, bias, None, shape, relu=False))
+        return add_in_training(maps, None, plus, relu=self.relu)
+
+
+def adds_by_kernel(x: Tensor) -> bool:
+    """Whether what is beside a trained convolution of `x` runs with it."""
+    return autocasts(x) and run_kernels_on(x.device)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -91,8 +111,8 @@ def to_layer(x: Tensor, layer: nn.Module) -> Tensor:
     return x if autocasts(x) else x.to(next(layer.parameters()).dtype)
 
 
-def _shape(conv: nn.Conv2d) -> dict[str, Any]:
-    return {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+def _shape(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
 def folded(module: _Module) -> _Module:

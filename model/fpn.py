@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.conv_norm import ConvNorm
+from model.conv_norm import ConvNorm, adds_by_kernel
 from model.norm import Norm
 
 # N images, C pyramid channels.
@@ -33,7 +33,7 @@ class FPN(nn.Module):
         top_down = self.lateral[-1](features[-1])
         levels = [self.output[-1](top_down)]
         for index in range(len(features) - 2, -1, -1):
-            if self.fused:
+            if self.fused or adds_by_kernel(top_down):
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
                 top_down = _add_nearest(self.lateral[index](features[index]), top_down)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from model.boxes import full_precision
+from model.kernels import run_kernels_on
 from model.rle import decode
 from model.structures import ImageSize, Rle
 
@@ -38,6 +39,31 @@ _OUTSIDE = -1e6
 """All four edges of a box that shall pool zeros."""
 _MIN_SIDE = 0.1
 """Polygons are scaled into a box as if it were at least this wide and high, pixels (detectron2 masks.py)."""
+
+
+@torch.no_grad()
+def crop_of_images(
+    masks: Sequence[Masks],
+    image_index: Tensor,
+    gt_index: Tensor,
+    boxes: Tensor,
+    *,
+    side: int,
+    target: MaskTarget,
+) -> Tensor:
+    """`crop` of regions that lie in the images `image_index` (R,), in rising order, each with masks of its own."""
+    if run_kernels_on(boxes.device) and all(isinstance(one, Tensor) and one.device == boxes.device for one in masks):
+        from model.kernels.mask_crops import crop_masks
+
+        for one in masks:
+            _check_form(one, target)
+        bitmaps = cast(Sequence[Tensor], masks)
+        cells = crop_masks(bitmaps, image_index, gt_index, boxes, side=side, aligned=target == "binary")
+        return (cells >= 0.5).float() if target == "binary" else cells
+    images = torch.arange(len(masks), device=boxes.device)
+    num_of_image: list[int] = (image_index == images[:, None]).sum(dim=1).tolist()
+    of_images = zip(masks, torch.split(gt_index, num_of_image), torch.split(boxes, num_of_image), strict=True)
+    return torch.cat([crop(one, index, some, side=side, target=target) for one, index, some in of_images])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model import boxes as box_math
+from model.kernels import run_kernels_on
 
 POSITIVE, NEGATIVE, NEITHER = 1, 0, -1
 """A box that learns an object, one that learns background, and one that is not trained on."""
@@ -51,6 +52,19 @@ def match(
     """
     if negative_iou > positive_iou:
         raise ValueError(f"negative_iou must be at most positive_iou {positive_iou}, got {negative_iou}")
+    if run_kernels_on(boxes.device) and boxes.dtype == gt_boxes.dtype == torch.float32:
+        from model.kernels.match import match_boxes
+
+        return Matches(
+            *match_boxes(
+                boxes,
+                gt_boxes,
+                gt_valid,
+                positive_iou=positive_iou,
+                negative_iou=negative_iou,
+                allow_low_quality=allow_low_quality,
+            )
+        )
     boxes = boxes.expand(len(gt_boxes), *boxes.shape[-2:])  # (N, B, 4)
     best = box_math.full_precision(boxes).new_full(boxes.shape[:2], -1.0)  # (N, B), below every overlap
     gt_index = torch.zeros_like(best, dtype=torch.int64)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import Body
-from model.conv_norm import ConvNorm
+from model.conv_norm import ConvNorm, adds_by_kernel
 from model.fused_conv import fused_stem
 from model.norm import Norm
 
@@ -141,12 +141,20 @@ class ResNet(nn.Module):
         if self.fused and images.shape[2] % 2 == images.shape[3] % 2 == 0:
             x = fused_stem(self.stem.conv, images)  # (N, 64, H/4, W/4)
         else:
-            x = F.max_pool2d(self.stem(images), kernel_size=3, stride=2, padding=1)  # (N, 64, H/4, W/4)
+            x = _max_pool(self.stem(images))  # (N, 64, H/4, W/4)
         features = []  # may be overwritten by a block whose shortcut they are, which no stage begins with
         for name in self.stage_names:
             x = self.get_submodule(name)(x)
             features.append(x)
         return features  # (N, C, H/4, W/4) to (N, 8 C, H/32, W/32)
+
+
+def _max_pool(x: Tensor) -> Tensor:
+    if adds_by_kernel(x):
+        from model.kernels.pool_in_training import max_pool_in_training
+
+        return max_pool_in_training(x)
+    return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
 def _shortcut(in_channels: int, out_channels: int, *, stride: int, norm: Norm) -> ConvNorm | None:

@@ -29,7 +29,7 @@ from model.losses import (
     rpn_losses,
     softmax_mask_loss,
 )
-from model.mask_targets import crop
+from model.mask_targets import crop_of_images
 from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
 from model.pooling import pool_regions
@@ -39,6 +39,9 @@ from model.sampler import Sampler, random_sampler
 from model.structures import ImageSize
 
 # N images, B anchors, P proposals and G ground truth boxes of an image, R regions trained on over the batch.
+
+_REGIONS_STEP = 64
+"""A GPU's libraries choose kernels anew for each number of masks that they have not seen, which takes milliseconds."""
 
 
 class _Regions(NamedTuple):
@@ -104,10 +107,8 @@ class TrainingForward(nn.Module):
             outputs = [self.network.rpn(level) for level in levels]
             proposals = self._train_rpn(outputs, levels, batch, losses)
         regions = self._sample(proposals, batch)
-        # What the host waits for a GPU to count it waits for here, and not once the heads are under way.
-        positive = (regions.labels > 0).nonzero()[:, 0]
+        positive = (regions.labels > 0).nonzero()[:, 0]  # a GPU is waited for here, before the heads are under way
         positives = regions.only(positive)
-        num_positives = self._num_of_image(positives, batch) if self.network.mask_head is not None else []
         features = self._features(levels, regions, self.config.box_resolution)
         class_logits, deltas = self.network.box_head(features)
         gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
@@ -124,7 +125,7 @@ class TrainingForward(nn.Module):
         if self.network.mask_head is not None:
             # res5 has run on these regions already; a pyramid's are pooled anew, finer
             shared = features[positive] if self.network.res5 is not None else None
-            losses["mask"] = self._mask_loss(levels, positives, num_positives, shared, batch)
+            losses["mask"] = self._mask_loss(levels, positives, shared, batch)
         if self.network.keypoint_head is not None:
             losses["keypoint"] = self._keypoint_loss(levels, positives, batch)
         return losses
@@ -207,40 +208,28 @@ class TrainingForward(nn.Module):
             gt_labels[image_index, place],
         )
 
-    @staticmethod
-    def _num_of_image(regions: _Regions, batch: TrainingBatch) -> list[int]:
-        images = torch.arange(len(batch.gt_boxes), device=regions.image_index.device)
-        counts: list[int] = (regions.image_index == images[:, None]).sum(dim=1).tolist()
-        return counts
-
     def _mask_loss(
-        self,
-        levels: Sequence[Tensor],
-        regions: _Regions,
-        num_of_image: list[int],
-        features: Tensor | None,
-        batch: TrainingBatch,
+        self, levels: Sequence[Tensor], regions: _Regions, features: Tensor | None, batch: TrainingBatch
     ) -> Tensor:
         head = self.network.mask_head
         assert head is not None
         assert batch.masks is not None
+        num_regions = len(regions.labels)
         if features is None:
+            regions = _filled_up(regions)
             features = self._features(levels, regions, self.config.mask_resolution)
-        of_images = zip(
+        targets = crop_of_images(
             batch.masks,
-            torch.split(regions.gt_index, num_of_image),
-            torch.split(regions.boxes, num_of_image),
-            strict=True,
-        )  # each image has masks of its own form and size
-        targets = torch.cat(
-            [
-                crop(masks, gt_index, boxes, side=self.config.mask_side, target=self.losses.mask_target)
-                for masks, gt_index, boxes in of_images
-            ]
+            regions.image_index[:num_regions],
+            regions.gt_index[:num_regions],
+            regions.boxes[:num_regions],
+            side=self.config.mask_side,
+            target=self.losses.mask_target,
         )
         if self.config.mask_classes == "softmax":
-            return softmax_mask_loss(head.all_logits(features), regions.labels, targets, divisor=self.divisor)
-        return mask_loss(head(features, regions.labels), targets, divisor=self.divisor)
+            logits, labels = head.all_logits(features)[:num_regions], regions.labels[:num_regions]
+            return softmax_mask_loss(logits, labels, targets, divisor=self.divisor)
+        return mask_loss(head(features, regions.labels)[:num_regions], targets, divisor=self.divisor)
 
     def _keypoint_loss(self, levels: Sequence[Tensor], regions: _Regions, batch: TrainingBatch) -> Tensor:
         head = self.network.keypoint_head
@@ -267,6 +256,15 @@ class TrainingForward(nn.Module):
             exact=self.exact,
         )
         return self.network.of_regions(pooled)
+
+
+def _filled_up(regions: _Regions) -> _Regions:
+    """On a GPU the first region over and over behind the others, to a multiple of `_REGIONS_STEP`."""
+    num_regions = len(regions.labels)
+    if not run_kernels_on(regions.labels.device) or num_regions % _REGIONS_STEP == 0:
+        return regions
+    place = torch.arange(-(-num_regions // _REGIONS_STEP) * _REGIONS_STEP, device=regions.labels.device)
+    return regions.only(place.where(place < num_regions, 0))
 
 
 def _propose_on(device: torch.device) -> Callable[..., Proposals]:

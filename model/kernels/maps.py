@@ -11,6 +11,7 @@ Maps are (N, C, H, W) in channels-last memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = No
     """`x` itself, after `bias` (C,) and the nearest cells of `coarse` (N, C, h, w) have been added to it; with `relu`
     what is below zero then is zero."""
     channels, height, width = x.shape[1:]
+    if x.numel() == 0:
+        return x
     for values in (x, coarse):
         if values is not None and not values.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"maps must be channels-last, got {tuple(values.shape)} with strides {values.stride()}")
-    if x.numel() == 0:
-        return x
     coarse_height, coarse_width = (1, 1) if coarse is None else coarse.shape[2:]
     add[triton.cdiv(x.numel(), BLOCK),](
         x,
@@ -51,8 +52,8 @@ def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = No
 
 
 def add_in_training(x: Tensor, bias: Tensor | None, plus: Tensor | None, *, relu: bool) -> Tensor:
-    """`add_to_map` of a `plus` (N, C, H, W) as large as `x`, with gradients for all three. No operation whose gradient
-    needs its output may have made `x`: a convolution or a norm did.
+    """`add_to_map` with gradients for all three. No operation whose gradient needs its output may have made `x`: a norm
+    did.
 
     By torch's operators it is up to three passes over the map, the one that adds a convolution's bias a slow one.
     """
@@ -67,7 +68,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, plus: Tensor | None, relu: bool) -> Tensor:
         ctx.relu, ctx.bias_dtype = relu, None if bias is None else bias.dtype
-        ctx.plus_dtype = None if plus is None else plus.dtype
+        ctx.plus_dtype, ctx.plus_size = (None, None) if plus is None else (plus.dtype, plus.shape[2:])
         ctx.mark_dirty(x)
         add_to_map(x, bias, plus, relu=relu)
         if relu:
@@ -82,9 +83,23 @@ class _Add(torch.autograd.Function):
         return (
             gradient if of_x else None,
             gradient.sum(dim=(0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None,
-            gradient.to(ctx.plus_dtype) if of_plus else None,
+            of_coarse(gradient, ctx.plus_size).to(ctx.plus_dtype) if of_plus else None,
             None,
         )
+
+
+def of_coarse(gradient: Tensor, size: Sequence[int]) -> Tensor:
+    """(N, C, h, w) the gradient of maps of that size whose nearest cells were added, from the sum's (N, C, H, W)."""
+    num_images, channels, height, width = gradient.shape
+    coarse_height, coarse_width = size
+    if (coarse_height, coarse_width) == (height, width):
+        return gradient
+    if (2 * coarse_height, 2 * coarse_width) == (height, width):  # so of every padded input
+        cells = gradient.permute(0, 2, 3, 1).reshape(num_images, coarse_height, 2, coarse_width, 2, channels)
+        return cells.sum(dim=(2, 4)).permute(0, 3, 1, 2)
+    shape = (num_images, channels, coarse_height, coarse_width)
+    coarse: Tensor = torch.ops.aten.upsample_nearest2d_backward(gradient, (height, width), shape)
+    return coarse
 
 
 def max_pool(x: Tensor, size: tuple[int, int]) -> Tensor:

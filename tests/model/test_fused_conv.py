@@ -25,7 +25,7 @@ def test_the_stem_on_cells_is_the_stem(height: int, width: int) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, kernel_size=7, stride=2, padding=3).double()
     images = torch.randn(2, 3, height, width, dtype=torch.float64)
-    cells, weight = stem_on_cells(conv, images)
+    cells, weight = stem_on_cells(conv.weight, images)
     found = F.conv2d(cells, weight, conv.bias, padding=2)[:, :, :-1, :-1]
     torch.testing.assert_close(found, conv(images))
 

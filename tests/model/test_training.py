@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, R50_C4, ModelConfig, Recipe, roi_align, training
+from model import R18_FPN, R50_C4, ModelConfig, Recipe, conv_norm, mask_targets, matcher, roi_align, training
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -233,6 +233,35 @@ def test_half_precision_keeps_losses_in_float32_and_near() -> None:
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("norm", "count"), [("frozen", 3), ("batch", 0)])
+def test_half_precision_by_kernels_keeps_losses_near(
+    norm: Literal["frozen", "batch"], count: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what follows a convolution runs with it there, regions are filled up
+    device = torch.device("cuda" if torch.cuda.is_available() or where == "gpu" else "cpu")
+    limits = {"rpn_pre_nms": 20, "rpn_post_nms": 10, "box_samples": 8}
+    forward = forward_of(replace(SMALL, norm=norm, fpn_norm=norm == "batch"), **limits).to(device)
+    forward.to(memory_format=torch.channels_last)
+    truths = [objects(image, seed=seed, count=count, num_classes=6) for seed, image in enumerate(IMAGES)]
+    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
+    exact = forward(batch)
+    monkeypatch.setattr(training, "_REGIONS_STEP", 4)
+    for module in (training, conv_norm):
+        monkeypatch.setattr(module, "run_kernels_on", lambda _: True)
+    forward.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        near = forward(batch)
+    torch.autograd.backward(list(near.values()))
+    for name, value in near.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, exact[name], rtol=0.2, atol=0.05)
+    for name, parameter in forward.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["here", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     ("config", "counts"),
     [
@@ -256,8 +285,9 @@ def test_kernels_give_the_same_losses_and_gradients(
     ]
     batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
     results = []
+    monkeypatch.setattr(training, "_REGIONS_STEP", 4)
     for run in (False, True):
-        for module in (training, roi_align):
+        for module in (training, roi_align, mask_targets, matcher):
             monkeypatch.setattr(module, "run_kernels_on", lambda device, run=run: run)
         forward.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = forward(batch)
