@@ -77,46 +77,52 @@ class RawDetections:
 def encode(
     raw: RawDetections, score_threshold: float, *, recipe: Recipe, categories: Mapping[int, str]
 ) -> list[Detections]:
-    """The detections of each image that score above the threshold."""
+    """The detections of each image that score above the threshold.
+
+    By NumPy: around each of torch's small operations any thread of the process may run, and so for each this one waits.
+    """
+    wanted = raw.valid.numpy() & (raw.scores.numpy() > score_threshold)  # (N, D)
     strings = [] if raw.mask_texts is None else strings_of(raw.mask_texts)
     return [
-        _encode_image(raw, index, score_threshold, strings, recipe=recipe, categories=categories)
-        for index in range(len(raw.sizes))
+        _encode_image(raw, index, places.nonzero()[0], strings, recipe=recipe, categories=categories)
+        for index, places in enumerate(wanted[: len(raw.sizes)])
     ]
 
 
 def _encode_image(
     raw: RawDetections,
     index: int,
-    score_threshold: float,
+    kept: NDArray[np.intp],
     strings: Sequence[bytes],
     *,
     recipe: Recipe,
     categories: Mapping[int, str],
 ) -> Detections:
-    """`strings` are those of all places of the batch, where the device has encoded them."""
-    kept = raw.valid[index] & (raw.scores[index] > score_threshold)
-    boxes, labels = raw.boxes[index, kept], raw.labels[index, kept].tolist()
+    """Those at the places `kept` (d,); `strings` are of all places of the batch, where the device has encoded them."""
+    size, boxes, labels = raw.sizes[index], raw.boxes.numpy()[index, kept], raw.labels.numpy()[index, kept]
     masks: list[Rle] = []
-    areas: NDArray[np.int64] = np.zeros(len(labels), dtype=np.int64)
+    areas: NDArray[np.int64] = np.zeros(len(kept), dtype=np.int64)
     if raw.mask_texts is not None:
-        places = index * raw.valid.shape[1] + kept.nonzero()[:, 0]
-        size = list(raw.sizes[index])
-        masks = [Rle(size=size, counts=strings[place]) for place in places.tolist()]
-        areas = raw.mask_texts.areas[places].numpy()
+        sides, places = list(size), index * raw.valid.shape[1] + kept
+        masks = [Rle(size=sides, counts=strings[place]) for place in places.tolist()]
+        areas = raw.mask_texts.areas.numpy()[places]
     elif raw.mask_logits is not None:
         masks, areas = encode_detections(
-            raw.mask_logits[index, kept], boxes, raw.sizes[index], threshold=recipe.mask_threshold, paste=recipe.paste
+            raw.mask_logits[index, kept],
+            torch.from_numpy(boxes),
+            size,
+            threshold=recipe.mask_threshold,
+            paste=recipe.paste,
         )
     return Detections(
-        size=raw.sizes[index],
-        boxes=boxes.numpy(),
-        scores=raw.scores[index, kept].numpy(),
-        category_ids=np.array(labels, dtype=np.int64),
-        categories=[categories[label] for label in labels],
+        size=size,
+        boxes=boxes,
+        scores=raw.scores.numpy()[index, kept],
+        category_ids=labels.astype(np.int64, copy=False),
+        categories=[categories[label] for label in labels.tolist()],
         masks=masks,
         areas=areas,
-        keypoints=None if raw.keypoints is None else raw.keypoints[index, kept].numpy(),
+        keypoints=None if raw.keypoints is None else raw.keypoints.numpy()[index, kept],
     )
 
 
