@@ -127,7 +127,8 @@ def _run_maskline(
     summary = segment(config, load_segmenter)
     summary.raise_if_incomplete()
     assert summary.images_failed == 0, summary.failed_by_reason
-    print(f"{summary.instances / summary.images_ok:.1f} instances per image", file=sys.stderr)
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in summary.stage_seconds.items())
+    print(f"{summary.instances / summary.images_ok:.1f} instances per image; waits: {stages}", file=sys.stderr)
     return summary.plan_seconds + summary.run_seconds
 
 

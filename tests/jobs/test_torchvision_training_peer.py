@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 import model
 from jobs.torchvision_training_peer import torchvision_trainee
 from jobs.train_config import TrainConfig
-from model import R18_FPN, ImageSize, MaskRCNN
+from model import R18_FPN, R50_FPN, ImageSize, MaskRCNN
 from model.ground_truth import GroundTruth, collate
 from model.losses import LossConfig
 from pipeline.errors import ConfigError
@@ -93,3 +93,15 @@ def test_a_shape_torchvision_lacks_is_refused(start: MaskRCNN) -> None:
     other = model.random_network(replace(CONFIG, mask_head="mlp"), seed=0)
     with pytest.raises(ConfigError, match="torchvision peer"):
         torchvision_trainee(other, options(), WorkerGroup(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group"])
+@torch.inference_mode()
+def test_its_body_is_its_own_with_our_weights(norm: Literal["frozen", "batch", "group"]) -> None:
+    config = replace(R50_FPN(num_classes=3, min_size=64, max_size=96), norm=norm)
+    start = model.random_network(config, seed=0, categories={1: "a", 2: "b"})
+    network: Any = torchvision_trainee(start, options(), WorkerGroup(), torch.device("cpu")).network
+    assert not any(module is start.network.body for module in network.modules())
+    pixels = torch.randn(1, 3, 64, 96)
+    for theirs, ours in zip(network.eval().backbone.body(pixels), start.network.eval().body(pixels), strict=True):
+        assert torch.equal(theirs, ours)
