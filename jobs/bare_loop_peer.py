@@ -38,7 +38,7 @@ class ModelLoop:
             max_waiting_bytes=2**40,
         )
         self.pixels = [image.pixels for batch in grouped for image in batch]
-        _warm_up(self.net, self.pixels[0])
+        _warm_up(self.net, self.pixels[0], device)
 
     def run(self) -> float:
         """Seconds for all images."""
@@ -50,14 +50,14 @@ class ModelLoop:
 def load_warm(weights: bytes, image: str, device: cluster.Device, precision: Literal["fp32", "bf16"]) -> Segmenter:
     """In an actor: the model, its first and slowest runs behind it, as in the bare loop."""
     segmenter = load_weights(weights, "benchmark", device, precision)
-    _warm_up(segmenter, read_pixels(Path(image)))
+    _warm_up(segmenter, read_pixels(Path(image)), device)
     return segmenter
 
 
-def _warm_up(segmenter: Segmenter, pixels: Pixels) -> None:
+def _warm_up(segmenter: Segmenter, pixels: Pixels, device: cluster.Device) -> None:
     """Its first run is the slowest; a GPU captures its graph in the second."""
     images = [pixels] * segmenter.batch_size
-    for _ in range(3 if torch.cuda.is_available() else 1):
+    for _ in range(3 if device == "cuda" else 1):
         segmenter.encode(segmenter.detect(images, 0.5, sizes=sizes_of(images)), 0.5)
 
 

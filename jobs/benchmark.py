@@ -10,9 +10,8 @@
   the same in a process that nothing of ours is set in, which on a CPU is how its users have it.
 - ``model_vs_detectron2``: the same with detectron2's own R50-FPN, where it is installed.
 - ``bf16_box_ap_points``, ``bf16_mask_ap_points``, ``bf16_kept``: what bf16 changes in the answers of trained weights.
-- ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's
-  network of the same shape with its losses, in float32 and its own order of memory, as its reference trains it;
-  ``step_vs_tuned_torchvision``: the same in our precision, channels-last.
+- ``step_vs_torchvision``: forward, backward and step alone, over batches in memory, against those of torchvision's own
+  network and losses in float32 and contiguous memory; ``step_vs_tuned_torchvision``: in our precision, channels-last.
 - ``train_vs_bare_step``: the loop of ``maskline train`` against our steps alone; ``train_vs_torchvision``: against
   torchvision's network and losses in our loop.
 
@@ -67,10 +66,10 @@ T = TypeVar("T")
 
 LOG_WIDTH = 200
 """Columns of a table that goes to a file."""
-TUNED_TORCHVISION = "torchvision, our precision, channels-last"
-
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
+TUNED_TORCHVISION = "torchvision, our precision, channels-last"
+"""The peer's network as we would run it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,22 +157,21 @@ def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
         return sum(record.seconds for record in history.steps[warm:])
 
     def run_bare(make_trainee: MakeTrainee, output: Path, *, as_reference: bool = False) -> float:
-        measure = bare_training_peer.bare_seconds
-        if "train" in config.parts:
-            measure = _as_worker(measure, device)
+        bare = bare_training_peer.bare_seconds
+        measure = _as_worker(bare, device) if "train" in config.parts else bare
         settings = replace(training, output=str(output), precision="fp32" if as_reference else "auto")
         return measure(settings, make_trainee, torch.device(device), channels_last=not as_reference)
 
     theirs = torchvision_training_peer.torchvision_trainee
-    systems: dict[tuple[str, str], Callable[[Path], float]] = {}
-    if "step" in config.parts:
-        systems["step", "maskline"] = functools.partial(run_bare, our_trainee)
-        systems["step", "torchvision"] = functools.partial(run_bare, theirs, as_reference=True)
-        systems["step", TUNED_TORCHVISION] = functools.partial(run_bare, theirs)
-    if "train" in config.parts:
-        systems["train", "maskline"] = functools.partial(run_loop, our_trainee)
-        systems["train", "torchvision"] = functools.partial(run_loop, theirs)
-    seconds = take_turns(systems, (work / f"train-{number}" for number in itertools.count()), config.repeats)
+    systems: dict[tuple[str, str], Callable[[Path], float]] = {
+        ("step", "maskline"): functools.partial(run_bare, our_trainee),
+        ("step", "torchvision"): functools.partial(run_bare, theirs, as_reference=True),
+        ("step", TUNED_TORCHVISION): functools.partial(run_bare, theirs),
+        ("train", "maskline"): functools.partial(run_loop, our_trainee),
+        ("train", "torchvision"): functools.partial(run_loop, theirs),
+    }
+    asked = {key: run for key, run in systems.items() if key[0] in config.parts}
+    seconds = take_turns(asked, (work / f"train-{number}" for number in itertools.count()), config.repeats)
     images = (steps - warm) * batch_size
     return [Row(part=part, system=system, images=images, seconds=times) for (part, system), times in seconds.items()]
 

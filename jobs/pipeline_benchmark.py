@@ -28,7 +28,7 @@ from pipeline.segmenter import Pixels
 
 PIPELINE_SHARD = 500
 MODEL_SHARD: dict[cluster.Device, int] = {"cpu": 10, "cuda": 512}
-"""Images in a shard, so that each run has several."""
+"""Images in a shard: on a CPU so few that each run has several."""
 
 
 DRAWN_IMAGES = 100

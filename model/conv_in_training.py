@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels.maps import add_to_map, of_coarse
 
@@ -39,7 +40,8 @@ def conv_in_training(
     """``relu(scale * conv(x) + bias + plus)``, (N, K, H, W), in autocast's dtype; each of them where it is asked for.
 
     `scale` (K,) is that of a norm which is not trained. Without a ReLU `plus` may be smaller maps, whose nearest cells
-    are taken. Gradients go to all but the scale; what the ReLU leaves is kept for them, and not what enters it.
+    are taken. Gradients go to all but the scale; what the ReLU leaves is kept for them, and not what enters it. With a
+    ReLU the bias is rounded to that dtype, as cuDNN wants it.
     """
     maps: Tensor = _Conv.apply(x, weight, scale, bias, plus, shape, relu)
     return maps
@@ -72,6 +74,7 @@ class _Conv(torch.autograd.Function):
         return maps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, half, scale, maps = ctx.saved_tensors
         of_x, of_weight, _, of_bias, of_plus, *_ = ctx.needs_input_grad
@@ -97,7 +100,8 @@ class _Conv(torch.autograd.Function):
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, plus: Tensor | None, shape: ConvShape, *, relu: bool
 ) -> Tensor:
-    if not relu or x.device.type != "cuda" or x.numel() == 0:  # which cuDNN refuses
+    in_order = torch.are_deterministic_algorithms_enabled()  # which cuDNN's fused kernels are not held to
+    if not relu or x.device.type != "cuda" or x.numel() == 0 or in_order:
         maps = F.conv2d(x, weight, None, *shape)
         return maps if bias is None and plus is None and not relu else add_to_map(maps, bias, plus, relu=relu)
     bias = None if bias is None else bias.to(x.dtype)

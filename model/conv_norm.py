@@ -84,20 +84,20 @@ class ConvNorm(nn.Module):
         from model.kernels.maps import add_in_training
 
         weight, bias, shape = self.conv.weight, self.conv.bias, ConvShape(*_shape(self.conv))
-        if self.conv.kernel_size == (7, 7) and x.shape[2] % 2 == x.shape[3] % 2 == 0:  # the stem
-            x, weight = stem_on_cells(weight, x)
-            x, shape = F.pad(x, (2, 1, 2, 1)), ConvShape((1, 1), (0, 0), (1, 1), 1)
+        if _is_stem(self.conv) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
+            x, weight = stem_on_cells(weight, x)  # (N, 16, H/2, W/2), (K, 16, 4, 4)
+            x, shape = F.pad(x, (2, 1, 2, 1)), ConvShape((1, 1), (0, 0), (1, 1), 1)  # so that none is over
         if self.norm is None:
             return conv_in_training(x, weight, bias, plus, shape, relu=self.relu)
         if isinstance(self.norm, FrozenNorm):
             scale, shift = self.norm.kept_scale_and_shift()
             return conv_in_training(x, weight, shift, plus, shape, scale=scale, relu=self.relu)
         maps = self.norm(conv_in_training(x, weight, bias, None, shape, relu=False))
-        return add_in_training(maps, None, plus, relu=self.relu)
+        return add_in_training(maps, plus, relu=self.relu)
 
 
 def adds_by_kernel(x: Tensor) -> bool:
-    """Whether what is beside a trained convolution of `x` runs with it."""
+    """Whether `x` is convolved in half precision on a GPU, with norm, bias, sum and ReLU in one operation."""
     return autocasts(x) and run_kernels_on(x.device)
 
 
@@ -109,6 +109,10 @@ def autocasts(x: Tensor) -> bool:
 def to_layer(x: Tensor, layer: nn.Module) -> Tensor:
     """`x` in the precision that `layer` computes in."""
     return x if autocasts(x) else x.to(next(layer.parameters()).dtype)
+
+
+def _is_stem(conv: nn.Conv2d) -> bool:
+    return (conv.in_channels, conv.kernel_size, conv.stride, conv.padding) == (3, (7, 7), (2, 2), (3, 3))
 
 
 def _shape(conv: nn.Conv2d) -> tuple[Any, Any, Any, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class FrozenNorm(nn.Module):
         self.eps = eps
         for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
             self.register_buffer(name, torch.full((num_channels,), value))
-        self._kept: tuple[Any, tuple[Tensor, Tensor]] = (None, (torch.empty(0), torch.empty(0)))
+        self._kept: tuple[list[tuple[Tensor, int]], tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = self.scale_and_shift()
@@ -37,10 +37,14 @@ class FrozenNorm(nn.Module):
         return scale, bias - mean * scale
 
     def kept_scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The same, computed anew only where a buffer is another or was written to."""
-        state = [(value.data_ptr(), value._version) for value in statistics(self)]
-        if self._kept[0] != state:
-            self._kept = (state, self.scale_and_shift())
+        """The same, computed anew only where a buffer is another or was written to, but through `.data`."""
+        buffers = list(self.buffers())
+        if self._kept is None or any(
+            now is not before or now._version != version
+            for now, (before, version) in zip(buffers, self._kept[0], strict=True)
+        ):
+            with torch.inference_mode(mode=False):
+                self._kept = [(buffer, buffer._version) for buffer in buffers], self.scale_and_shift()
         return self._kept[1]
 
 

@@ -82,10 +82,9 @@ def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.
         {"params": [one for one in trained if one.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [one for one in trained if one.dim() <= 1], "weight_decay": 0.0},
     ]
-    fused = trained[0].is_cuda
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
 def frozen_until(name: str, config: OptimiserConfig) -> float:

@@ -216,7 +216,8 @@ class TrainingForward(nn.Module):
         assert batch.masks is not None
         num_regions = len(regions.labels)
         if features is None:
-            regions = _filled_up(regions)
+            if not self.config.head_norm:  # which they would count in
+                regions = _filled_up(regions)
             features = self._features(levels, regions, self.config.mask_resolution)
         targets = crop_of_images(
             batch.masks,

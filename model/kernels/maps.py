@@ -1,7 +1,7 @@
 """What a pyramid does to whole maps besides convolving them, each in one pass over memory.
 
 - `add_to_map`: a bias, and the shortcut of a block (He et al. 2015) or the next coarser level enlarged to the map's
-  size (FPN, Lin et al. 2017), added in place, then a ReLU; `add_in_training`: the same with gradients;
+  size (FPN, Lin et al. 2017), added in place, then a ReLU; `add_in_training`: the same, no bias, with gradients;
 - `max_pool`: the 3×3 maximum at stride 2 behind the stem (He et al. 2015).
 
 Maps are (N, C, H, W) in channels-last memory.
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 1024
 """Elements of a program."""
@@ -51,38 +52,37 @@ def add_to_map(x: Tensor, bias: Tensor | None = None, coarse: Tensor | None = No
     return x
 
 
-def add_in_training(x: Tensor, bias: Tensor | None, plus: Tensor | None, *, relu: bool) -> Tensor:
-    """`add_to_map` with gradients for all three. No operation whose gradient needs its output may have made `x`: a norm
-    did.
+def add_in_training(x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
+    """`add_to_map` of what a norm made, with gradients: no operation whose gradient needs its output may have made `x`.
 
-    By torch's operators it is up to three passes over the map, the one that adds a convolution's bias a slow one.
+    By torch's operators it is two passes over the map.
     """
-    if bias is None and plus is None and not relu:
+    if plus is None and not relu:
         return x
     maps = [None if one is None else one.contiguous(memory_format=torch.channels_last) for one in (x, plus)]
-    added: Tensor = _Add.apply(maps[0], bias, maps[1], relu)
+    added: Tensor = _Add.apply(*maps, relu)
     return added
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plus: Tensor | None, relu: bool) -> Tensor:
-        ctx.relu, ctx.bias_dtype = relu, None if bias is None else bias.dtype
+    def forward(ctx: Any, x: Tensor, plus: Tensor | None, relu: bool) -> Tensor:
+        ctx.relu = relu
         ctx.plus_dtype, ctx.plus_size = (None, None) if plus is None else (plus.dtype, plus.shape[2:])
         ctx.mark_dirty(x)
-        add_to_map(x, bias, plus, relu=relu)
+        add_to_map(x, None, plus, relu=relu)
         if relu:
             ctx.save_for_backward(x)
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.relu:
             gradient = torch.ops.aten.threshold_backward(gradient, *ctx.saved_tensors, 0)
-        of_x, of_bias, of_plus, _ = ctx.needs_input_grad
+        of_x, of_plus, _ = ctx.needs_input_grad
         return (
             gradient if of_x else None,
-            gradient.sum(dim=(0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if of_bias else None,
             of_coarse(gradient, ctx.plus_size).to(ctx.plus_dtype) if of_plus else None,
             None,
         )

@@ -36,9 +36,9 @@ def crop_masks(
         aligned: shifts by half a pixel and drops the rule that a box is at least one pixel wide.
     """
     cells = torch.zeros(len(boxes), side, side, dtype=torch.float32, device=boxes.device)
-    bits = torch.cat([one.flatten() for one in masks])
-    if cells.numel() == 0 or len(bits) == 0:
+    if cells.numel() == 0 or not any(one.numel() for one in masks):
         return cells
+    bits = torch.cat([one.flatten() for one in masks])
     ends = np.cumsum([0, *(one.numel() for one in masks)])
     layout = torch.tensor([[start, *one.shape[1:]] for start, one in zip(ends, masks, strict=False)])  # (N, 3)
     if boxes.device.type == "cuda":

@@ -32,7 +32,8 @@ def match_boxes(
     negative_iou: float,
     allow_low_quality: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(N, B) int64 places of the ground truth and (N, B) int8 labels, bit for bit as `model.matcher.match` has them.
+    """(N, B) int64 places of the ground truth and (N, B) int8 labels; of finite boxes bit for bit those of
+    `model.matcher.match`.
 
     `boxes` are float32 (N, B, 4), or (B, 4) shared by all images, `gt_boxes` float32 (N, G, 4), `gt_valid` (N, G). Both
     bounds are rounded to float32, as torch rounds what it compares float32 with.

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK = 1024
 """Elements of a program."""
@@ -40,6 +41,7 @@ class _MaxPool(torch.autograd.Function):
         return _pool(x, kept)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
         _, channels, *size = ctx.shape

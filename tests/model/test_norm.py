@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from model.norm import norm_of
+from model.norm import FrozenNorm, norm_of
 
 
 @pytest.mark.parametrize("kind", ["frozen", "batch", "sync"])
@@ -28,6 +31,31 @@ def test_a_frozen_norm_by_hand_and_nothing_of_it_trains() -> None:
     assert norm(torch.full((1, 1, 1, 1), 5.0)).item() == 7.0
     assert not list(norm.parameters())
     assert norm.training
+
+
+def test_kept_scale_and_shift_follow_the_buffers() -> None:
+    norm = norm_of("frozen", 1e-5)(8)
+    assert isinstance(norm, FrozenNorm)
+    first = norm.kept_scale_and_shift()
+    assert norm.kept_scale_and_shift() is first
+    other = {name: torch.rand(8) + 0.5 for name in norm.state_dict()}
+    changes: list[Callable[[], object]] = [
+        lambda: norm.get_buffer("bias").add_(1),
+        lambda: norm.load_state_dict(other),
+        lambda: norm.load_state_dict({name: value * 2 for name, value in other.items()}, assign=True),
+        norm.double,
+    ]
+    for change in changes:
+        change()
+        with torch.inference_mode():  # must not keep what no gradient may go through
+            norm.kept_scale_and_shift()
+        scale, shift = norm.kept_scale_and_shift()
+        assert not scale.is_inference()
+        for kept, fresh in zip((scale, shift), norm.scale_and_shift(), strict=True):
+            assert torch.equal(kept, fresh)
+    copied = copy.deepcopy(norm)
+    copied.get_buffer("running_var").fill_(4.0)
+    assert torch.equal(copied.kept_scale_and_shift()[0], copied.scale_and_shift()[0])
 
 
 def test_a_group_norm_takes_no_notice_of_the_batch() -> None:

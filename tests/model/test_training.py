@@ -267,10 +267,11 @@ def test_half_precision_by_kernels_keeps_losses_near(
     [
         (SMALL, (3, 0)),
         (SMALL, (0, 0)),
+        (replace(SMALL, norm="batch", fpn_norm=True, head_norm=True), (3, 2)),  # regions filled up would count
         (replace(R50_C4(num_classes=4, min_size=64, max_size=96), body="resnet18", body_width=8), (2, 1)),
         (replace(SMALL, mask_head="none", num_keypoints=3, keypoint_convs=1, keypoint_channels=16), (1, 1)),
     ],
-    ids=["FPN", "no objects", "C4", "keypoints"],
+    ids=["FPN", "no objects", "norms in heads", "C4", "keypoints"],
 )
 def test_kernels_give_the_same_losses_and_gradients(
     config: ModelConfig, counts: tuple[int, int], where: str, monkeypatch: pytest.MonkeyPatch
