@@ -6,6 +6,7 @@ No pixels leave the process, and whatever waits is bounded in bytes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -70,6 +71,10 @@ class SegmentActor:
         """Load the decoders and the model, and answer with the process id. Called once, before any shard."""
         decode.fast_operators()
         self._model = ModelThread(self._load_segmenter, self.config.score_threshold)
+        # What is loaded stays, 400,000 objects: to look for garbage among them would stop every thread for a quarter
+        # of a second, once in some thousand images.
+        gc.collect()
+        gc.freeze()
         return os.getpid()
 
     def progress(self) -> ActorProgress:
