@@ -21,6 +21,7 @@ from jobs.trainee import MakeTrainee
 from jobs.training_setup import autocast, laid_out, loading_of, set_up_torch, weights_dtype
 from model.ground_truth import TrainingBatch
 from model.optimiser import build_optimiser
+from pipeline.loaded import keep_loaded
 from pipeline.training_data import TrainingImages
 from pipeline.worker_group import WorkerGroup
 
@@ -43,6 +44,7 @@ def bare_seconds(
     batches = [replace(one, pixels=one.pixels.contiguous(memory_format=memory_format)) for one in kept]
     # A GPU's libraries choose kernels for each batch that they have not seen.
     first = batches if device.type == "cuda" else []
+    keep_loaded()  # as the loop does
     began = 0.0
     for step, batch in enumerate([*first, *itertools.islice(itertools.cycle(batches), task.num_steps)]):
         if step == len(first) + WARM_STEPS:

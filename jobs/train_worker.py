@@ -27,6 +27,7 @@ from model.optimiser import average, build_optimiser, drop_frozen_gradients, lea
 from pipeline import checkpoints
 from pipeline.coco_evaluation import Kind
 from pipeline.errors import PipelineError
+from pipeline.loaded import keep_loaded
 from pipeline.training_data import LoadedBatch, TrainingImages, load_ahead
 from pipeline.training_evaluation import Evaluator
 from pipeline.training_log import EvaluationRecord, StepRecord
@@ -86,6 +87,7 @@ class Training:
 
     def run(self) -> None:
         """All steps from the newest checkpoint's on."""
+        keep_loaded()
         self._last_step_ended = time.monotonic()
         every = max(1, round(self.config.evaluate_every * len(self.images) / self.config.batch_size))
         for step in range(self.first_step, self.task.num_steps):

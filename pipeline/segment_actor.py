@@ -6,7 +6,6 @@ No pixels leave the process, and whatever waits is bounded in bytes.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -27,6 +26,7 @@ from pipeline.commits import Commit
 from pipeline.decode import ImageHeader
 from pipeline.errors import DecodeError
 from pipeline.isolated_decoder import IsolatedDecoder
+from pipeline.loaded import keep_loaded
 from pipeline.model_thread import ModelThread
 from pipeline.ordered_reads import on_pool
 from pipeline.results import ShardRows
@@ -71,10 +71,7 @@ class SegmentActor:
         """Load the decoders and the model, and answer with the process id. Called once, before any shard."""
         decode.fast_operators()
         self._model = ModelThread(self._load_segmenter, self.config.score_threshold)
-        # What is loaded stays, 400,000 objects: to look for garbage among them would stop every thread for a quarter
-        # of a second, once in some thousand images.
-        gc.collect()
-        gc.freeze()
+        keep_loaded()
         return os.getpid()
 
     def progress(self) -> ActorProgress:
