@@ -6,13 +6,11 @@ Network, losses and batches are those of the loop; nothing is read, decoded, rec
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import time
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 import model
 from jobs.train import prepare
@@ -20,7 +18,8 @@ from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee
 from jobs.training_setup import autocast, laid_out, loading_of, set_up_torch, weights_dtype
 from model.ground_truth import TrainingBatch
-from model.optimiser import build_optimiser
+from model.host_copy import HostCopy
+from model.optimiser import build_optimiser, take_step
 from pipeline.loaded import keep_loaded
 from pipeline.training_data import TrainingImages
 from pipeline.worker_group import WorkerGroup
@@ -45,7 +44,7 @@ def bare_seconds(
     # A GPU's libraries choose kernels for each batch that they have not seen.
     first = batches if device.type == "cuda" else []
     keep_loaded()  # as the loop does
-    began = 0.0
+    began, before = 0.0, None
     for step, batch in enumerate([*first, *itertools.islice(itertools.cycle(batches), task.num_steps)]):
         if step == len(first) + WARM_STEPS:
             _wait(device)
@@ -54,8 +53,10 @@ def bare_seconds(
         with autocast(config, device):
             losses = trainee.forward(batch)
         torch.autograd.backward(torch.stack(list(losses.values())).sum())
-        float(nn.utils.clip_grad_norm_(network.parameters(), config.optimiser.clip_norm or math.inf))
-        optimiser.step()
+        if before is not None:
+            before.wait()  # where the loop looks at the numbers of the step before
+        numbers = take_step(optimiser, [loss.detach() for loss in losses.values()], config.optimiser)
+        before = HostCopy(numbers)
     _wait(device)
     return time.monotonic() - began
 

@@ -9,23 +9,41 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import resource
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.util.queue import Queue
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from jobs.training_setup import Task, autocast, laid_out, loader_processes, loading_of, set_up_torch, weights_dtype
-from model import MaskRCNN
-from model.optimiser import average, build_optimiser, drop_frozen_gradients, learning_rate_at, set_learning_rate
+from jobs.training_setup import (
+    Task,
+    autocast,
+    laid_out,
+    loader_processes,
+    loading_of,
+    memory_bytes,
+    scored_kinds,
+    set_up_torch,
+    weights_dtype,
+)
+from model.host_copy import HostCopy
+from model.norm import running_statistics
+from model.optimiser import (
+    average,
+    build_optimiser,
+    drop_frozen_gradients,
+    learning_rate_at,
+    set_learning_rate,
+    take_step,
+)
 from pipeline import checkpoints
-from pipeline.coco_evaluation import Kind
 from pipeline.errors import PipelineError
 from pipeline.loaded import keep_loaded
 from pipeline.training_data import LoadedBatch, TrainingImages, load_ahead
@@ -36,6 +54,19 @@ from pipeline.worker_group import WorkerGroup
 
 UNREADABLE_STEPS = 10
 """Steps in a row without a readable image that end a run."""
+
+
+class _UnderWay(NamedTuple):
+    """A step that a device may still be busy with."""
+
+    record: StepRecord
+    """Without what `numbers` hold."""
+    numbers: HostCopy
+    """The losses, the unreadable images (a mean over the workers) and the gradients' norm."""
+    file_names: list[str]
+    """Of this worker's images."""
+    unreadable: list[str]
+    """What was wrong with some of them."""
 
 
 class Training:
@@ -58,7 +89,10 @@ class Training:
             say=(lambda kind, said: events.put((kind, said))) if self.group.rank == 0 else None,
         )
         self.first_step = self._restore()
-        self._statistics = [buffer.clone() for buffer in self.network.buffers()]
+        self._under_way: _UnderWay | None = None
+        self._statistics = running_statistics(self.network)
+        self._kept = [[buffer.clone() for buffer in self._statistics] for _ in range(2)]
+        """Before the steps that are even and odd."""
         self._unreadable_steps = 0
         forward = self.trainee.forward
         self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
@@ -80,7 +114,7 @@ class Training:
                 task.val,
                 str(self.config.val_images),
                 categories=start.categories,
-                kinds=_kinds(start),
+                kinds=scored_kinds(start),
                 group=self.group,
                 cache=self.images.cache,
             )
@@ -97,70 +131,93 @@ class Training:
             is_due = (
                 step + 1
             ) % every == 0 and self.task.num_steps - step > every / 2  # or the last one comes too soon
+            is_saved = is_last or (step + 1) % self.config.checkpoint_every == 0
+            if (is_due or is_saved) and not self._settle():
+                return
             if is_last or is_due:
                 self._evaluate(step)
-                self._last_step_ended = time.monotonic()
-            if is_last or (step + 1) % self.config.checkpoint_every == 0:
+            if is_saved:
                 self._save(step + 1)
+            if is_due or is_saved:
                 self._last_step_ended = time.monotonic()
         if self.group.rank == 0:
             self.output.finish(self.trainee.to_bytes(self.averaged))
         self.group.wait()
 
     def _step(self, step: int) -> bool:
-        """One step of the optimiser; False if the losses or gradients are not finite, which ends the run."""
+        """Start one step of the optimiser and settle the one before; False if the run ends with that.
+
+        What the device finds it finds while the host is at the next step, or it would stand still in between.
+        """
         rate = learning_rate_at(
             step, self.task.num_steps, batch_size=self.config.batch_size, config=self.config.optimiser
         )
-        set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
-        if self._statistics:
-            torch._foreach_copy_(self._statistics, list(self.network.buffers()))
         means, loaded, waited = self._gradients()
+        if not self._settle():
+            return False
+        set_learning_rate(self.optimiser, rate)
         drop_frozen_gradients(self.network, step, self.config.optimiser)
-        bound = self.config.optimiser.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), bound)
-        *numbers, share, grad_norm = torch.stack([*means.values(), norm]).tolist()
-        losses = dict(zip(means, numbers, strict=False))
-        unreadable = round(share * self.group.size)
-        if not math.isfinite(grad_norm) or not all(map(math.isfinite, losses.values())):
-            parts = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
-            self._stop(
-                f"step {step + 1}: the losses or their gradient are not finite ({parts}; norm {grad_norm:.4g})",
-                "look at the annotations of its images, or begin again with a lower --optimiser.learning-rate or in "
-                "--precision fp32",
-                step,
-                [name for batch in loaded for name in batch.file_names],
-            )
-            return False
-        self._unreadable_steps = self._unreadable_steps + 1 if unreadable == self.config.batch_size else 0
-        if self._unreadable_steps == UNREADABLE_STEPS:
-            self._stop(
-                f"step {step + 1}: no image of the last {UNREADABLE_STEPS} steps could be read",
-                f"are they in {self.config.train_images}, as the workers see it?",
-                step,
-                [error for batch in loaded for error in batch.unreadable],
-            )
-            return False
-        self.optimiser.step()
-        if self.averaged is not self.network:
-            average(self.averaged, self.network, step=step, config=self.config.optimiser)
+        numbers = take_step(self.optimiser, list(means.values()), self.config.optimiser)
+        if self._statistics:
+            torch._foreach_copy_(self._kept[(step + 1) % 2], self._statistics)
         now = time.monotonic()
-        self.output.add(
-            StepRecord(
-                step=step,
-                epoch=self._epoch(step),
-                losses=losses,
-                learning_rate=rate,
-                grad_norm=grad_norm,
-                images=self.config.batch_size,
-                seconds=now - self._last_step_ended,
-                data_seconds=waited,
-                memory_bytes=_memory_bytes(self.device),
-                unreadable=unreadable,
-            )
+        record = StepRecord(
+            step=step,
+            epoch=self._epoch(step),
+            losses=dict.fromkeys(list(means)[:-1], math.nan),
+            learning_rate=rate,
+            grad_norm=math.nan,
+            images=self.config.batch_size,
+            seconds=now - self._last_step_ended,
+            data_seconds=waited,
+            memory_bytes=memory_bytes(self.device),
         )
         self._last_step_ended = now
+        self._under_way = _UnderWay(
+            record,
+            HostCopy(numbers),
+            [name for batch in loaded for name in batch.file_names],
+            [error for batch in loaded for error in batch.unreadable],
+        )
+        # An average can't be left out by the device.
+        return self.averaged is self.network or self._settle()
+
+    def _settle(self) -> bool:
+        """Record the step under way; False if its losses or gradients are not finite, or nothing could be read for
+        long, which ends the run."""
+        if self._under_way is None:
+            return True
+        (record, numbers, file_names, unreadable), self._under_way = self._under_way, None
+        *losses, share, grad_norm = numbers.wait().tolist()
+        record = replace(
+            record,
+            losses=dict(zip(record.losses, losses, strict=True)),
+            grad_norm=grad_norm,
+            unreadable=round(share * self.group.size),
+        )
+        if not all(map(math.isfinite, (*losses, grad_norm))):
+            parts = ", ".join(f"{name} {loss:.4g}" for name, loss in record.losses.items())
+            self._stop(
+                f"step {record.step + 1}: the losses or their gradient are not finite ({parts}; norm {grad_norm:.4g})",
+                "look at the annotations of its images, or begin again with a lower --optimiser.learning-rate or in "
+                "--precision fp32",
+                record.step,
+                file_names,
+            )
+            return False
+        self._unreadable_steps = self._unreadable_steps + 1 if record.unreadable == record.images else 0
+        if self._unreadable_steps == UNREADABLE_STEPS:
+            self._stop(
+                f"step {record.step + 1}: no image of the last {UNREADABLE_STEPS} steps could be read",
+                f"are they in {self.config.train_images}, as the workers see it?",
+                record.step + 1,
+                unreadable,
+            )
+            return False
+        if self.averaged is not self.network:
+            average(self.averaged, self.network, step=record.step, config=self.config.optimiser)
+        self.output.add(record)
         return True
 
     def _gradients(self) -> tuple[dict[str, Tensor], list[LoadedBatch], float]:
@@ -227,30 +284,16 @@ class Training:
         self.output.restore(state["history"], step=state["step"])
         return int(state["step"])
 
-    def _stop(self, what: str, next_step: str, step: int, images: list[str]) -> None:
-        """Keep the state before the step and say what was wrong with it."""
-        for kept, buffer in zip(self._statistics, self.network.buffers(), strict=True):
-            buffer.copy_(kept)
+    def _stop(self, what: str, next_step: str, at: int, images: list[str]) -> None:
+        """Keep the state before the step `at`, which the network may be one ahead of in its statistics only, and say
+        why."""
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, self._kept[at % 2])
         named = self.group.gather(images)
-        self._save(step)
+        self._save(at)
         if self.group.rank == 0:
-            self.output.stop(f"{what}. Images: {', '.join(named)}. The state before it is kept; {next_step}")
+            self.output.stop(f"{what}. Images: {', '.join(named)}. The state of step {at} is kept; {next_step}")
         self.group.wait()
 
     def _epoch(self, step: int) -> float:
         return (step + 1) * self.config.batch_size / len(self.images)
-
-
-def _kinds(start: MaskRCNN) -> list[Kind]:
-    kinds: list[Kind] = ["bbox"]
-    if start.config.mask_head != "none":
-        kinds.append("segm")
-    if start.config.num_keypoints:
-        kinds.append("keypoints")
-    return kinds
-
-
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from jobs.trainee import MakeTrainee
 from model import MaskRCNN, packed_batch
 from model.ground_truth import TrainingBatch
 from pipeline.coco import CocoDataset
+from pipeline.coco_evaluation import Kind
 from pipeline.training_data import Loading
 
 
@@ -83,3 +85,20 @@ def loader_processes(config: TrainConfig) -> int:
     if config.loader_processes is not None:
         return config.loader_processes
     return min(8, max(1, torch.get_num_threads() - 1))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def scored_kinds(start: MaskRCNN) -> list[Kind]:
+    """What its detections are evaluated as."""
+    kinds: list[Kind] = ["bbox"]
+    if start.config.mask_head != "none":
+        kinds.append("segm")
+    if start.config.num_keypoints:
+        kinds.append("keypoints")
+    return kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +94,25 @@ def first_of_each_image(image_index: Tensor, *, num_images: int, limit: int) -> 
     positions = order.new_zeros(num_images * (limit + 1)).scatter_(0, slot, order).view(num_images, limit + 1)
     filled = torch.arange(limit, device=order.device) < counts[:, None]  # (num_images, limit)
     return positions[:, :limit].where(filled, 0), filled
+
+
+class Marked(NamedTuple):
+    """S places for each row of marks."""
+
+    places: Tensor
+    """(N, S) where its first marks are, in rising order; 0 for an empty place."""
+    filled: Tensor
+    """(N, S) whether the place holds a mark."""
+
+
+def first_marked(marked: Tensor, *, limit: int) -> Marked:
+    """The first `limit` = S marks of each row of (N, B), found without waiting for the device."""
+    rank = marked.cumsum(dim=1)
+    # Those that are not marked, and those over the limit, share a slot that is cut off.
+    slot = torch.where(marked, rank - 1, limit).clamp(max=limit)
+    everywhere = torch.arange(marked.shape[1], device=marked.device).expand_as(slot)
+    places = everywhere.new_zeros(len(marked), limit + 1).scatter_(1, slot, everywhere)[:, :limit]
+    return Marked(places, torch.arange(limit, device=marked.device) < marked.sum(dim=1, keepdim=True))
 
 
 def full_precision(values: Tensor) -> Tensor:

@@ -127,19 +127,14 @@ def choose_fixed(
     usable = (scores > score_threshold) & box_math.wide_enough(boxes, recipe.box_min_side)
     limit = recipe.max_detections
     kept = nms(boxes, usable, recipe.box_nms_threshold, labels=label, limit=limit)  # (N, C)
-    rank = kept.cumsum(dim=1)
-    num_kept = rank[:, -1:].clamp(max=limit)  # (N, 1)
-    slot = torch.where(kept, rank - 1, limit).clamp(max=limit)  # those that are not kept share a slot that is cut off
-    candidates = torch.arange(num_candidates, device=kept.device).expand_as(slot)
-    places = candidates.new_zeros(num_images, limit + 1).scatter_(1, slot, candidates)[:, :limit]  # (N, D)
-    valid = torch.arange(limit, device=kept.device) < num_kept  # (N, D)
+    places, valid = box_math.first_marked(kept, limit=limit)  # (N, D), (N, D)
     chosen = Chosen(
         _gather(boxes, places) * valid[..., None],
         scores.gather(1, places) * valid,
         label.gather(1, places) * valid,
         valid,
     )
-    return FixedChoice(chosen, (num_wanted > num_candidates) & (num_kept[:, 0] < limit))
+    return FixedChoice(chosen, (num_wanted > num_candidates) & ~valid[:, -1])
 
 
 def _gather(boxes: Tensor, index: Tensor) -> Tensor:

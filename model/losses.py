@@ -25,7 +25,7 @@ from model.matcher import POSITIVE, Matches, take
 Divisor = Callable[[Tensor], Tensor]
 """From how many terms a loss has on this worker to what their sum is divided by, which is never 0."""
 
-_IGNORED = -1
+IGNORED = -1
 """The class of what is not trained on."""
 
 
@@ -131,8 +131,8 @@ def box_losses(
     `labels` (R,) are 0 for background and -1 for places that hold no region; `gt_boxes` (R, 4) are those that `boxes`
     (R, 4) are matched to and matter for positives only.
     """
-    num_regions = divisor((labels != _IGNORED).sum())
-    class_loss = F.cross_entropy(full_precision(class_logits), labels, ignore_index=_IGNORED, reduction="sum")
+    num_regions = divisor((labels != IGNORED).sum())
+    class_loss = F.cross_entropy(full_precision(class_logits), labels, ignore_index=IGNORED, reduction="sum")
     regressed = (labels > 0)[:, None]  # (R, 1)
     own = labels.clamp(min=0)[:, None, None].expand(-1, 1, 4)
     own_deltas = deltas.gather(1, own)[:, 0]  # (R, 4)
@@ -172,7 +172,7 @@ def keypoint_loss(
     """Mean cross entropy over the S × S cells of each of the heatmaps (R, K, S, S) whose keypoint is `valid` (R, K);
     `index` (R, K) is its cell."""
     cells = full_precision(heatmaps).flatten(0, 1).flatten(1)  # (R K, S S)
-    loss = F.cross_entropy(cells, index.where(valid, _IGNORED).flatten(), ignore_index=_IGNORED, reduction="sum")
+    loss = F.cross_entropy(cells, index.where(valid, IGNORED).flatten(), ignore_index=IGNORED, reduction="sum")
     if config.keypoint_normaliser == "visible":
         return loss / divisor(valid.sum())
     most = num_images * heatmaps.shape[1] * config.box_samples * config.box_positive_fraction

@@ -58,3 +58,9 @@ def norm_of(kind: Literal["frozen", "batch", "sync", "group"], eps: float) -> No
 def statistics(norm: nn.Module) -> list[Tensor]:
     """Weight, bias, mean and variance of a norm that is not a group norm."""
     return [getattr(norm, name).detach() for name in ("weight", "bias", "running_mean", "running_var")]
+
+
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """What batch norms learn while they run, which no optimiser changes."""
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]

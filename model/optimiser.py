@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.checked import Checked, at_least
 
@@ -82,9 +83,21 @@ def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.
         {"params": [one for one in trained if one.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [one for one in trained if one.dim() <= 1], "weight_decay": 0.0},
     ]
+    # Fused, they leave a step out where the device has found that it should be.
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    optimiser = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    _fill_momentum(optimiser)
+    optimiser.register_load_state_dict_post_hook(_fill_momentum)
+    return optimiser
+
+
+def _fill_momentum(optimiser: torch.optim.Optimizer) -> None:
+    """Zeros, which are what there is before the first step: fused SGD wants all or none of them."""
+    for group in optimiser.param_groups:
+        for parameter in group["params"] if group["momentum"] > 0 else ():
+            if optimiser.state[parameter].get("momentum_buffer") is None:
+                optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def frozen_until(name: str, config: OptimiserConfig) -> float:
@@ -104,6 +117,19 @@ def drop_frozen_gradients(network: nn.Module, step: int, config: OptimiserConfig
         for name, parameter in network.named_parameters():
             if step < frozen_until(name, config):
                 parameter.grad = None
+
+
+def take_step(optimiser: torch.optim.Optimizer, losses: Sequence[Tensor], config: OptimiserConfig) -> Tensor:
+    """Clip the gradients and change the parameters; where a loss or the gradients' norm is not finite nothing changes.
+
+    The losses, scalars, and behind them the norm leave, on their device, which nothing here waits for.
+    """
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    numbers = torch.stack([*losses, norm])
+    optimiser.found_inf = (~numbers.isfinite().all()).float()  # type: ignore[attr-defined]  # as GradScaler says it
+    optimiser.step()
+    return numbers
 
 
 @torch.no_grad()

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from model.anchors import anchors_at, anchors_of, cell_strides
+from model.boxes import first_marked
 from model.config import ModelConfig
 from model.fixed_shapes import propose_fixed
 from model.ground_truth import TrainingBatch
+from model.host_copy import HostCopy
 from model.kernels import run_kernels_on
 from model.keypoint_targets import heatmap_targets
 from model.losses import (
+    IGNORED,
     Divisor,
     LossConfig,
     box_losses,
@@ -32,7 +35,7 @@ from model.losses import (
 from model.mask_targets import crop_of_images
 from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
-from model.pooling import pool_regions
+from model.pooling import image_of_place, pool_regions
 from model.recipe import Recipe
 from model.rpn import Proposals, propose
 from model.sampler import Sampler, random_sampler
@@ -54,7 +57,7 @@ class _Regions(NamedTuple):
     gt_index: Tensor
     """(R,) place among the image's ground truth."""
     labels: Tensor
-    """(R,) 0 for background."""
+    """(R,) 0 for background, -1 for places that hold no region."""
 
     def only(self, wanted: Tensor) -> _Regions:
         return _Regions(*(values[wanted] for values in self))
@@ -99,16 +102,20 @@ class TrainingForward(nn.Module):
         """The losses by name, each a scalar; their sum is what is minimised."""
         levels = self.network.features(batch.pixels)
         losses: dict[str, Tensor] = {}
+        outputs: list[tuple[Tensor, Tensor]] = []
         if self.network.rpn is None:
             assert batch.proposals is not None
             assert batch.proposals_valid is not None
             proposals = Proposals(batch.proposals, batch.proposals_valid)
         else:
             outputs = [self.network.rpn(level) for level in levels]
-            proposals = self._train_rpn(outputs, levels, batch, losses)
+            grids = [ImageSize(*level.shape[-2:]) for level in levels]
+            strides = cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
+            proposals = self._propose(outputs, grids, strides, batch)
         regions = self._sample(proposals, batch)
-        positive = (regions.labels > 0).nonzero()[:, 0]  # a GPU is waited for here, before the heads are under way
-        positives = regions.only(positive)
+        num_positives = HostCopy((regions.labels > 0).sum())
+        if outputs:
+            losses["rpn_objectness"], losses["rpn_box"] = self._rpn_losses(outputs, grids, strides, batch)
         features = self._features(levels, regions, self.config.box_resolution)
         class_logits, deltas = self.network.box_head(features)
         gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
@@ -122,6 +129,9 @@ class TrainingForward(nn.Module):
             delta_weights=self.recipe.box_delta_weights,
             divisor=self.divisor,
         )
+        # Waited for here, behind work that a GPU has still to do.
+        positive = first_marked((regions.labels > 0)[None], limit=int(num_positives.wait())).places[0]
+        positives = regions.only(positive)
         if self.network.mask_head is not None:
             # res5 has run on these regions already; a pyramid's are pooled anew, finer
             shared = features[positive] if self.network.res5 is not None else None
@@ -130,30 +140,46 @@ class TrainingForward(nn.Module):
             losses["keypoint"] = self._keypoint_loss(levels, positives, batch)
         return losses
 
-    def _train_rpn(
+    @torch.no_grad()
+    def _propose(
         self,
         outputs: Sequence[tuple[Tensor, Tensor]],
-        levels: Sequence[Tensor],
+        grids: Sequence[ImageSize],
+        strides: Sequence[ImageSize],
         batch: TrainingBatch,
-        losses: dict[str, Tensor],
     ) -> Proposals:
-        """Proposals to train the heads on; the RPN's own losses are added."""
-        grids = [ImageSize(*level.shape[-2:]) for level in levels]
-        strides = cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
+        """To train the heads on."""
         device = batch.pixels.device
-        cells = self._cells = [cell.to(device) for cell in self._cells]
+        self._cells = [cell.to(device) for cell in self._cells]
+        return _propose_on(device)(
+            outputs,
+            self._cells,
+            grids=grids,
+            strides=strides,
+            image_sizes=batch.image_sizes,
+            recipe=self._proposing,
+        )
+
+    def _rpn_losses(
+        self,
+        outputs: Sequence[tuple[Tensor, Tensor]],
+        grids: Sequence[ImageSize],
+        strides: Sequence[ImageSize],
+        batch: TrainingBatch,
+    ) -> tuple[Tensor, Tensor]:
+        device = batch.pixels.device
         anchors = torch.cat(
             [
                 anchors_at(
                     torch.arange(grid.height * grid.width * len(cell), device=device), cell, grid=grid, stride=stride
                 )
-                for cell, grid, stride in zip(cells, grids, strides, strict=True)
+                for cell, grid, stride in zip(self._cells, grids, strides, strict=True)
             ]
         )  # (B, 4)
         config = self.losses
         thresholds = (config.rpn_positive_iou, config.rpn_negative_iou)
         matches = self._match(anchors, batch, thresholds, allow_low_quality=True)
-        losses["rpn_objectness"], losses["rpn_box"] = rpn_losses(
+        return rpn_losses(
             torch.cat([objectness for objectness, _ in outputs], dim=1),
             torch.cat([deltas for _, deltas in outputs], dim=1),
             anchors,
@@ -164,15 +190,6 @@ class TrainingForward(nn.Module):
             delta_weights=self.recipe.rpn_delta_weights,
             divisor=self.divisor,
         )
-        with torch.no_grad():
-            return _propose_on(device)(
-                outputs,
-                cells,
-                grids=grids,
-                strides=strides,
-                image_sizes=batch.image_sizes,
-                recipe=self._proposing,
-            )
 
     def _match(
         self, boxes: Tensor, batch: TrainingBatch, thresholds: tuple[float, float], *, allow_low_quality: bool
@@ -199,14 +216,20 @@ class TrainingForward(nn.Module):
         thresholds = (self.losses.box_positive_iou, self.losses.box_positive_iou)
         matches = self._match(boxes, batch, thresholds, allow_low_quality=False)
         label = matches.label.masked_fill(~valid, NEITHER)  # (N, P + G)
-        image_index, place = self.box_sampler(label, batch.seeds).nonzero(as_tuple=True)  # (R,), (R,)
-        gt_labels = take(batch.gt_labels, matches.gt_index).where(label > 0, 0)  # (N, P + G)
-        return _Regions(
-            boxes[image_index, place],
-            image_index,
-            matches.gt_index[image_index, place],
-            gt_labels[image_index, place],
+        chosen = self.box_sampler(label, batch.seeds)  # (N, P + G)
+        places, filled = first_marked(chosen, limit=min(self.losses.box_samples, chosen.shape[1]))  # (N, S), (N, S)
+        gt_index = matches.gt_index.gather(1, places)  # (N, S)
+        gt_labels = take(batch.gt_labels, gt_index).where(label.gather(1, places) > 0, 0)
+        regions = _Regions(
+            take(boxes, places).flatten(0, 1),
+            image_of_place(filled),
+            gt_index.flatten(),
+            gt_labels.where(filled, IGNORED).flatten(),
         )
+        if run_kernels_on(boxes.device) and self.network.res5 is None and not self.config.head_norm:
+            return regions
+        # The empty places cost a CPU time, and norms would count them.
+        return regions.only((regions.labels != IGNORED).nonzero()[:, 0])
 
     def _mask_loss(
         self, levels: Sequence[Tensor], regions: _Regions, features: Tensor | None, batch: TrainingBatch

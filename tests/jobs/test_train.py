@@ -23,6 +23,7 @@ from model.initial_weights import initialise
 from model.network import build_network
 from model.structures import ImageSize
 from model.weights import to_bytes
+from pipeline import checkpoints
 from pipeline.coco import read_coco
 from pipeline.scenes import CATEGORIES, write_archive
 from pipeline.training_log import History
@@ -248,7 +249,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     assert "not finite" in said(output)
     assert "loose/00/scene_" in said(output)
     assert "rpn_objectness" in said(output)
-    assert list((output / "checkpoints").iterdir())
+    kept = checkpoints.newest(str(output))
+    assert kept is not None
+    assert f"step {kept['step'] + 1}: the losses" in said(output)
+    assert f"The state of step {kept['step']} is kept" in said(output)
+    assert all(value.isfinite().all() for value in kept["network"].values())
+    assert len(records(output).steps) == kept["step"]
+
+
+def test_a_run_that_can_read_nothing_stops(folder: Path, tmp_path: Path) -> None:
+    for image in json.loads((folder / "train.json").read_text())["images"]:
+        path = tmp_path / "cut" / image["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((folder / image["file_name"]).read_bytes()[:50])
+    output = tmp_path / "out"
+    run = start(folder, output, "--epochs", 3, "--train-images", tmp_path / "cut")
+    assert run.wait(LIMIT_SECONDS) == 1
+    assert "step 10: no image of the last 10 steps could be read" in said(output)
+    kept = checkpoints.newest(str(output))
+    assert kept is not None
+    assert kept["step"] == 10
 
 
 def test_nothing_usable_is_refused(folder: Path, tmp_path: Path) -> None:

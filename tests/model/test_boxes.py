@@ -158,6 +158,17 @@ def test_first_of_each_image_agrees_with_the_loop(image_index: list[int], limit:
         assert filled[image].tolist() == [place < len(expected) for place in range(limit)]
 
 
+@given(st.data(), st.integers(0, 3), st.integers(0, 20), st.integers(0, 8))
+def test_first_marked_agrees_with_the_loop(data: st.DataObject, num_rows: int, num_marks: int, limit: int) -> None:
+    marked = data.draw(st.lists(st.lists(st.booleans(), min_size=num_marks, max_size=num_marks), max_size=num_rows))
+    rows = torch.tensor(marked, dtype=torch.bool).view(len(marked), num_marks)
+    found = box_math.first_marked(rows, limit=limit)
+    for row, places, filled in zip(marked, found.places.tolist(), found.filled.tolist(), strict=True):
+        expected = [place for place, is_marked in enumerate(row) if is_marked][:limit]
+        assert places == expected + [0] * (limit - len(expected))
+        assert filled == [place < len(expected) for place in range(limit)]
+
+
 def test_no_boxes() -> None:
     none = torch.zeros(0, 4)
     assert box_math.decode(none, none, weights=WEIGHTS, max_log_scale=CLIP).shape == (0, 4)

@@ -16,6 +16,7 @@ from model.optimiser import (
     drop_frozen_gradients,
     learning_rate_at,
     set_learning_rate,
+    take_step,
 )
 
 BATCH = 16
@@ -34,13 +35,14 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
 
 
-def take_step(network: nn.Module, optimiser: torch.optim.Optimizer, step: int, config: OptimiserConfig) -> None:
-    """One step as the training loop takes it."""
+def step_once(network: nn.Module, optimiser: torch.optim.Optimizer, step: int, config: OptimiserConfig) -> Tensor:
+    """One step as the training loop takes it: its loss and norm."""
     optimiser.zero_grad(set_to_none=True)
     torch.manual_seed(step)
-    network(torch.randn(8, 4)).square().sum().backward()
+    loss = network(torch.randn(8, 4)).square().sum()
+    loss.backward()
     drop_frozen_gradients(network, step, config)
-    optimiser.step()
+    return take_step(optimiser, [loss.detach()], config)
 
 
 # ------------------------------------------------------------------------------------------------------ learning rate
@@ -110,7 +112,7 @@ def test_what_is_frozen_for_ever_has_no_gradient_and_stays(kind: Literal["sgd", 
     assert {name for name, one in network.named_parameters() if not one.requires_grad} == frozen
     before = parameters_of(network)
     for step in range(3):
-        take_step(network, optimiser, step, config)
+        step_once(network, optimiser, step, config)
     after = parameters_of(network)
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen
 
@@ -126,7 +128,7 @@ def test_what_is_frozen_at_first_stays_until_its_step_and_is_trained_from_it_on(
     assert all(parameter.requires_grad for parameter in network.parameters())
     seen = [parameters_of(network)]
     for step in range(5):
-        take_step(network, optimiser, step, config)
+        step_once(network, optimiser, step, config)
         seen.append(parameters_of(network))
     for step, (before, after) in enumerate(pairwise(seen)):
         unchanged = {name for name in before if torch.equal(before[name], after[name])}
@@ -141,7 +143,7 @@ def test_a_parameter_under_two_rules_is_frozen_by_the_longer_one() -> None:
     network = make_network()
     optimiser = build_optimiser(network, config)
     before = parameters_of(network)
-    take_step(network, optimiser, 1, config)
+    step_once(network, optimiser, 1, config)
     assert torch.equal(parameters_of(network)["0.weight"], before["0.weight"])
 
 
@@ -162,7 +164,7 @@ def test_one_step_is_what_is_computed_by_hand() -> None:
     network = make_network()
     optimiser = build_optimiser(network, config)
     before = parameters_of(network)
-    take_step(network, optimiser, 0, config)
+    step_once(network, optimiser, 0, config)
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
         decay = 0.25 if name in ("0.weight", "2.weight") else 0.0
@@ -184,6 +186,74 @@ def test_without_gradients_weights_shrink_and_biases_and_norms_stay(kind: Litera
         torch.testing.assert_close(value, before[name] * kept)
 
 
+# --------------------------------------------------------------------------------------------------------- whole steps
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_steps_are_those_of_torchs_own_loop(kind: Literal["sgd", "adamw"], clip_norm: float) -> None:
+    config = OptimiserConfig(kind=kind, learning_rate=1e-3, weight_decay=0.1, clip_norm=clip_norm)
+    network, plain = make_network(), make_network()
+    optimiser = build_optimiser(network, config)
+    groups = [
+        {"params": [one for one in plain.parameters() if (one.dim() > 1) is decays], "weight_decay": 0.1 * decays}
+        for decays in (True, False)
+    ]
+    reference = (
+        torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=False)
+        if kind == "sgd"
+        else torch.optim.AdamW(groups, lr=1e-3, foreach=False)
+    )
+    for step in range(5):
+        numbers = step_once(network, optimiser, step, config)
+        reference.zero_grad()
+        torch.manual_seed(step)
+        loss = plain(torch.randn(8, 4)).square().sum()
+        loss.backward()
+        norm = torch.stack([one.grad.norm() for one in plain.parameters() if one.grad is not None]).norm()
+        torch.testing.assert_close(numbers, torch.stack([loss.detach(), norm]))
+        for one in plain.parameters():
+            assert one.grad is not None
+            one.grad *= min(1.0, (clip_norm or math.inf) / float(norm))
+        reference.step()
+        for found, expected in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("num_before", [0, 2])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nothing_changes_where_something_is_not_finite(
+    kind: Literal["sgd", "adamw"], num_before: int, what: str
+) -> None:
+    config = OptimiserConfig(kind=kind, learning_rate=0.1, weight_decay=0.1)
+    network = make_network()
+    optimiser = build_optimiser(network, config)
+    for step in range(num_before):
+        step_once(network, optimiser, step, config)
+    before = copy.deepcopy((network.state_dict(), optimiser.state_dict()["state"]))
+    undisturbed = copy.deepcopy((network, optimiser.state_dict()))
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    loss = torch.tensor(1.0)
+    if what == "loss":
+        loss = torch.tensor(math.inf)
+    else:
+        weights = network.get_parameter("2.weight").grad
+        assert weights is not None
+        weights[0, 1] = math.nan
+    assert not take_step(optimiser, [loss], config).isfinite().all()
+    after = (network.state_dict(), optimiser.state_dict()["state"])
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    if num_before > 0:
+        torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+    again = build_optimiser(undisturbed[0], config)
+    again.load_state_dict(undisturbed[1])
+    for one, of in ((network, optimiser), (undisturbed[0], again)):
+        step_once(one, of, 7, config)
+    torch.testing.assert_close(network.state_dict(), undisturbed[0].state_dict(), rtol=0, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------- moving average
 
 
@@ -194,7 +264,7 @@ def test_average_is_that_of_a_slow_loop_statistics_included() -> None:
     averaged = copy.deepcopy(network)
     slow = {name: value.double() for name, value in network.state_dict().items()}
     for step in range(40):
-        take_step(network, optimiser, step, config)
+        step_once(network, optimiser, step, config)
         average(averaged, network, step=step, config=config)
         share = min(0.75, (step + 1) / (step + 10))
         for name, value in network.state_dict().items():

@@ -22,6 +22,7 @@ from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
 from model.network import Network, build_network
+from model.optimiser import OptimiserConfig, build_optimiser, take_step
 from model.structures import ImageSize
 from model.torchvision_weights import torchvision_name
 from model.training import TrainingForward
@@ -276,10 +277,11 @@ def test_half_precision_by_kernels_keeps_losses_near(
 def test_kernels_give_the_same_losses_and_gradients(
     config: ModelConfig, counts: tuple[int, int], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # what a GPU runs, without one its kernels interpreted: proposals in fixed places, RoIAlign in one launch
+    # what a GPU runs, without one its kernels interpreted: proposals and regions in fixed places, some of them empty,
+    # RoIAlign in one launch
     device = torch.device("cuda" if torch.cuda.is_available() or where == "gpu" else "cpu")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # a last bit would be a thousand of them
-    forward = forward_of(config, rpn_pre_nms=20, rpn_post_nms=10, box_samples=8).to(device)
+    forward = forward_of(config, rpn_pre_nms=20, rpn_post_nms=10, box_samples=16).to(device)
     truths = [
         replace(objects(image, seed=seed, count=count, num_classes=4), keypoints=torch.ones(count, 3, 3))
         for seed, (image, count) in enumerate(zip(IMAGES, counts, strict=True))
@@ -301,6 +303,26 @@ def test_kernels_give_the_same_losses_and_gradients(
         torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=1e-7)
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_step_waits_for_the_device_nowhere_but_for_how_many_masks_there_are() -> None:
+    device = torch.device("cuda")
+    forward = forward_of(replace(SMALL, norm="frozen")).to(device).to(memory_format=torch.channels_last)
+    optimiser = build_optimiser(forward, OptimiserConfig())
+    truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
+    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
+    try:
+        for mode in ("default", "error"):  # the first step compiles, and fills what is kept
+            torch.cuda.set_sync_debug_mode(mode)
+            with torch.autocast("cuda", torch.bfloat16):
+                losses: dict[str, Tensor] = forward(batch)
+            torch.autograd.backward(torch.stack(list(losses.values())).sum())
+            take_step(optimiser, [one.detach() for one in losses.values()], OptimiserConfig())
+            optimiser.zero_grad(set_to_none=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_ground_truth_that_does_not_fit_is_refused() -> None:

@@ -1,0 +1,22 @@
+"""Numbers on their way from a device to the host, which goes on meanwhile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """A copy of `values` that is begun at once: who waits for it does not wait for what the device is given after."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.detach().to("cpu", non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self._done = torch.cuda.current_stream(values.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The values, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values
