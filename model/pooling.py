@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.exact_roi_align import exact_roi_align
+from model.kernels import run_kernels_on
 from model.recipe import Recipe
 from model.roi_align import multilevel_roi_align
 from model.roi_pool import multilevel_roi_pool
@@ -47,6 +48,15 @@ def pool_regions(
         aligned=recipe.roi_aligned,
         rounding=recipe.roi_levels,
     )
+
+
+def to_be_pooled(levels: list[Tensor], strides: Sequence[int]) -> list[Tensor]:
+    """The same levels; on a GPU those that regions are pooled from have one gradient of all poolings together."""
+    if not run_kernels_on(levels[0].device):
+        return levels
+    from model.kernels.roi_align import share_gradients
+
+    return [*share_gradients(levels[: len(strides)]), *levels[len(strides) :]]
 
 
 def image_of_place(valid: Tensor) -> Tensor:

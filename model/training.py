@@ -35,7 +35,7 @@ from model.losses import (
 from model.mask_targets import crop_of_images
 from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
-from model.pooling import image_of_place, pool_regions
+from model.pooling import image_of_place, pool_regions, to_be_pooled
 from model.recipe import Recipe
 from model.rpn import Proposals, propose
 from model.sampler import Sampler, random_sampler
@@ -100,7 +100,7 @@ class TrainingForward(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The losses by name, each a scalar; their sum is what is minimised."""
-        levels = self.network.features(batch.pixels)
+        levels = to_be_pooled(self.network.features(batch.pixels), self.network.strides)
         losses: dict[str, Tensor] = {}
         outputs: list[tuple[Tensor, Tensor]] = []
         if self.network.rpn is None:

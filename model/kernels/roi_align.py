@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels.roi_bins import add_gradients, pool_rows
 
@@ -76,25 +77,72 @@ def roi_align(
     sampling = _Sampling(strides, output_size, sampling_ratio, aligned)
     regions = (boxes.to(torch.float32).contiguous(), image_index.contiguous(), level_index.contiguous())
     if torch.is_grad_enabled() and any(feature.requires_grad for feature in features):
-        pooled: Tensor = _RoIAlign.apply(sampling, *regions, *features)
+        pooled: Tensor = _RoIAlign.apply(sampling, _shared_by(features), *regions, *features)
         return pooled
     return _pool(features, regions, sampling)
+
+
+def share_gradients(features: Sequence[Tensor]) -> list[Tensor]:
+    """The same maps. However often regions are pooled from all of them, their gradients are added up in one place, and
+    rounded and joined with the gradients of other uses once; by themselves each is a pass over the maps in float32."""
+    return list(_Shared.apply(*features))
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.sums, ctx.dtype = None, features[0].dtype
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        sums, ctx.sums = ctx.sums, None
+        if sums is None:
+            return gradients
+        return tuple(
+            total.to(ctx.dtype) if other is None else torch.add(total, other, out=torch.empty_like(other))
+            for total, other in zip(sums, gradients, strict=True)
+        )
+
+
+def _shared_by(features: Sequence[Tensor]) -> Any:
+    """The node of `share_gradients` that all of its maps, and no others, have come from."""
+    node: Any = features[0].grad_fn
+    if not isinstance(node, _Shared._backward_cls) or len(node.next_functions) != len(features):
+        return None
+    same = all(feature.grad_fn is node and feature.output_nr == index for index, feature in enumerate(features))
+    return node if same else None
 
 
 class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sampling: _Sampling, boxes: Tensor, image_index: Tensor, level_index: Tensor, *features: Tensor
+        ctx: Any,
+        sampling: _Sampling,
+        shared: Any,
+        boxes: Tensor,
+        image_index: Tensor,
+        level_index: Tensor,
+        *features: Tensor,
     ) -> Tensor:
         regions = (boxes, image_index, level_index)
         ctx.save_for_backward(*regions)
-        ctx.sampling, ctx.shapes, ctx.dtype = sampling, [feature.shape for feature in features], features[0].dtype
+        ctx.sampling, ctx.shared = sampling, shared
+        ctx.shapes, ctx.dtype = [feature.shape for feature in features], features[0].dtype
         return _pool(features, regions, sampling)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _gradients(gradient, ctx.shapes, ctx.saved_tensors, ctx.sampling)
-        return (None, None, None, None, *(each.to(ctx.dtype) for each in gradients))
+        before = None if ctx.shared is None else ctx.shared.sums
+        sums = _zeros(ctx.shapes, gradient) if before is None else before
+        _add_gradients(sums, gradient, ctx.saved_tensors, ctx.sampling)
+        if ctx.shared is None:
+            return (None, None, None, None, None, *(each.to(ctx.dtype) for each in sums))
+        ctx.shared.sums = sums
+        return (None,) * (5 + len(sums))
 
 
 def _pool(features: Sequence[Tensor], regions: Sequence[Tensor], sampling: _Sampling) -> Tensor:
@@ -122,17 +170,19 @@ def _pool(features: Sequence[Tensor], regions: Sequence[Tensor], sampling: _Samp
     return pooled.permute(0, 3, 1, 2)  # (R, C, S, S)
 
 
-def _gradients(
-    gradient: Tensor, shapes: Sequence[torch.Size], regions: Sequence[Tensor], sampling: _Sampling
-) -> list[Tensor]:
-    """Those of each level (N, C, Hl, Wl), channels-last, in float32 or wider, from the gradient (R, C, S, S)."""
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
-    num_boxes, num_channels, size = gradient.shape[:3]
+def _zeros(shapes: Sequence[torch.Size], gradient: Tensor) -> list[Tensor]:
+    """(N, C, Hl, Wl) of each level, channels-last, in float32 or wider."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    levels = [
+    return [
         torch.zeros((num_images, height, width, channels), dtype=dtype, device=gradient.device).permute(0, 3, 1, 2)
         for num_images, channels, height, width in shapes
     ]
+
+
+def _add_gradients(levels: Sequence[Tensor], gradient: Tensor, regions: Sequence[Tensor], sampling: _Sampling) -> None:
+    """To those of each level (N, C, Hl, Wl) add what comes of the gradient (R, C, S, S)."""
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    num_boxes, num_channels, size = gradient.shape[:3]
     columns = triton.next_power_of_2(size)
     block = min(_MAX_CHANNELS, max(1, _MAX_GRADIENTS // columns), triton.next_power_of_2(num_channels))
     if gradient.numel() > 0:
@@ -141,7 +191,7 @@ def _gradients(
                 *_padded(levels),
                 *regions,
                 gradient,
-                *_level_numbers(shapes, sampling.strides),
+                *_level_numbers([level.shape for level in levels], sampling.strides),
                 C=num_channels,
                 S=size,
                 T=sampling.ratio,
@@ -149,11 +199,10 @@ def _gradients(
                 GROUPS=_ROW_GROUPS,
                 COLUMNS=columns,
                 BLOCK=block,
-                SUM=_sum_type(dtype),
+                SUM=_sum_type(levels[0].dtype),
                 num_warps=1,
                 enable_fp_fusion=True,  # said because the default changes between releases
             )
-    return levels
 
 
 def _padded(levels: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, R50_C4, ModelConfig, Recipe, conv_norm, mask_targets, matcher, roi_align, training
+from model import R18_FPN, R50_C4, ModelConfig, Recipe, conv_norm, mask_targets, matcher, pooling, roi_align, training
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -290,7 +290,7 @@ def test_kernels_give_the_same_losses_and_gradients(
     results = []
     monkeypatch.setattr(training, "_REGIONS_STEP", 4)
     for run in (False, True):
-        for module in (training, roi_align, mask_targets, matcher):
+        for module in (training, pooling, roi_align, mask_targets, matcher):
             monkeypatch.setattr(module, "run_kernels_on", lambda device, run=run: run)
         forward.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = forward(batch)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.kernels.roi_align import roi_align
+import model.kernels.roi_align as kernels
+from model.kernels.roi_align import roi_align, share_gradients
 from model.roi_align import assign_levels, multilevel_roi_align
 from tests.reference import roi_align as reference
 
@@ -215,6 +216,52 @@ def test_gradients_are_the_operators(output_size: int, sampling_ratio: int, alig
     expected = torch.autograd.grad((by_operator(features, regions, **options) * weight).sum(), features)
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
     torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_others", [False, True])
+def test_gradients_that_are_shared_are_the_same(
+    dtype: torch.dtype, with_others: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    make = kernels._zeros
+
+    def counted(shapes: Sequence[torch.Size], gradient: Tensor) -> list[Tensor]:
+        made.append(shapes)
+        return make(shapes, gradient)
+
+    monkeypatch.setattr(kernels, "_zeros", counted)
+    features = [feature.to(dtype).requires_grad_() for feature in pyramid(12)]
+    precise = [feature.detach().float().requires_grad_() for feature in features]
+    heads = [(random_regions(13, 4), 2, torch.randn(4, 3, 2, 2)), (random_regions(14, 3), 3, torch.randn(3, 3, 3, 3))]
+
+    def loss(levels: Sequence[Tensor]) -> Tensor:
+        sums = [
+            (
+                roi_align(levels, STRIDES, *regions, output_size=size, sampling_ratio=2, aligned=True).float()
+                * weight.to(DEVICE)
+            ).sum()
+            for regions, size, weight in heads
+        ]
+        others = [level.float().square().sum() for level in levels[1:]] if with_others else []
+        return torch.stack([*sums, *others]).sum()
+
+    shared = share_gradients(features)
+    assert all(torch.equal(one, other) for one, other in zip(shared, features, strict=True))
+    for _ in range(2):  # nothing of the first stays
+        made.clear()
+        found = torch.autograd.grad(loss(shared), features, retain_graph=True)
+        assert len(made) == 1
+        expected = torch.autograd.grad(loss(precise), precise)
+        for gradient, other in zip(found, expected, strict=True):
+            assert gradient.dtype == dtype
+            assert gradient.is_contiguous(memory_format=torch.channels_last)
+            tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(gradient.float(), other, atol=tolerance, rtol=tolerance)
+    some = torch.autograd.grad(loss([*shared[:3], features[3]]), features)
+    assert len(made) == 5  # those are not all of one node: each for itself, as of `precise`
+    for gradient, other in zip(some, expected, strict=True):
+        torch.testing.assert_close(gradient.float(), other, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
