@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from model import boxes as box_math
-from model.conv_norm import ConvNorm, to_layer
+from model.conv_norm import ConvNorm, adds_by_kernel, to_layer
 from model.fused_conv import fused_linear, linear_in_float32
 from model.nms import segment_nms
 from model.norm import Norm
@@ -55,6 +56,10 @@ class BoxHead(nn.Module):
                 assert isinstance(fc, nn.Conv2d | nn.Linear)
                 assert fc.bias is not None
                 x = fused_linear(_cells_first(x), _cells_first(fc.weight), fc.bias)
+            elif (
+                isinstance(fc, nn.Linear) and x.dim() == 4 and adds_by_kernel(x)
+            ):  # the weight is the smaller one to bring into the other's order
+                x = linear(_cells_first(x), _cells_first(fc.weight.view(-1, *x.shape[1:])), fc.bias).relu_()
             else:
                 x = x if isinstance(fc, nn.Conv2d) else x.flatten(1)
                 x = fc(to_layer(x, fc)).relu_()

@@ -85,8 +85,9 @@ class ConvNorm(nn.Module):
 
         weight, bias, shape = self.conv.weight, self.conv.bias, ConvShape(*_shape(self.conv))
         if _is_stem(self.conv) and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            x, weight = stem_on_cells(weight, x)  # (N, 16, H/2, W/2), (K, 16, 4, 4)
-            x, shape = F.pad(x, (2, 1, 2, 1)), ConvShape((1, 1), (0, 0), (1, 1), 1)  # so that none is over
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # before it is written anew
+            x, weight = stem_on_cells(weight, x, border=(2, 1))  # (N, 16, H/2 + 3, W/2 + 3), (K, 16, 4, 4)
+            shape = ConvShape((1, 1), (0, 0), (1, 1), 1)  # so that none is over
         if self.norm is None:
             return conv_in_training(x, weight, bias, plus, shape, relu=self.relu)
         if isinstance(self.norm, FrozenNorm):

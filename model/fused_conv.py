@@ -96,16 +96,17 @@ def fused_stem(conv: nn.Conv2d, images: Tensor) -> Tensor:
     return max_pool(y, (cells.shape[2], cells.shape[3]))
 
 
-def stem_on_cells(weight: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def stem_on_cells(weight: Tensor, images: Tensor, *, border: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
     """Images and weight for the 4×4 convolution, padded by 2, that is the 7×7 one at stride 2, padded by 3, but for a
-    last row and column that are over.
+    last row and column that are over. The images get cells of zeros before and behind each axis, as many as `border`
+    says.
 
     Tensor cores want channels by the sixteen, not three: of 2×2 pixels each makes a cell of 12 channels, to which 4 of
     zeros are added. The kernel, with a first row and column of zeros, has 4×4 such cells.
     """
     num_images, _, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1).reshape(num_images, height // 2, 2, width // 2, 2, 3)
-    cells = F.pad(pixels.transpose(2, 3).flatten(3), (0, 4))  # (N, H/2, W/2, 2 2 3 + 4)
+    cells = F.pad(pixels.transpose(2, 3).flatten(3), (0, 4, *border, *border))  # (N, H/2, W/2, 2 2 3 + 4)
     kernel = F.pad(weight, (1, 0, 1, 0)).view(-1, 3, 4, 2, 4, 2)  # (K, 3, 8, 8) in cells
     kernel = kernel.permute(0, 2, 4, 3, 5, 1).flatten(3)  # (K, 4, 4, 2 2 3)
     return cells.permute(0, 3, 1, 2), F.pad(kernel, (0, 4)).permute(0, 3, 1, 2)

@@ -92,7 +92,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sums, ctx.dtype = None, features[0].dtype
+        ctx.sums, ctx.dtype, ctx.num_levels = None, features[0].dtype, len(features)
         return features
 
     @staticmethod
@@ -110,10 +110,9 @@ class _Shared(torch.autograd.Function):
 def _shared_by(features: Sequence[Tensor]) -> Any:
     """The node of `share_gradients` that all of its maps, and no others, have come from."""
     node: Any = features[0].grad_fn
-    if not isinstance(node, _Shared._backward_cls) or len(node.next_functions) != len(features):
-        return None
+    is_shared = type(node) is _Shared._backward_cls
     same = all(feature.grad_fn is node and feature.output_nr == index for index, feature in enumerate(features))
-    return node if same else None
+    return node if is_shared and same and node.num_levels == len(features) else None
 
 
 class _RoIAlign(torch.autograd.Function):

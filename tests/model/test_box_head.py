@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from model import conv_norm
 from model.box_head import BoxHead, Chosen, choose
 from model.recipe import Recipe
 from model.rpn import Proposals
@@ -33,6 +34,25 @@ def _rows(*rows: list[float]) -> Tensor:
 
 APART = _rows([0.0, 0.0, 20.0, 20.0], [50.0, 50.0, 90.0, 90.0])
 SAME = _rows([10.0, 10.0, 50.0, 50.0], [10.0, 10.0, 50.0, 48.0])
+
+
+def test_on_a_gpu_in_training_the_weight_is_reordered_in_place_of_the_features(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    head = BoxHead(in_channels=8, resolution=3, num_convs=0, num_fcs=2, width=16, num_classes=4, norm=None)
+    features = torch.randn(5, 8, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    of = [features, *head.parameters()]
+    results = []
+    for by_kernels in (False, True):
+        monkeypatch.setattr(conv_norm, "run_kernels_on", lambda _, by_kernels=by_kernels: by_kernels)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = head(features)
+        sums = [(one.float() * torch.linspace(-1, 1, one.numel()).view(one.shape)).sum() for one in outputs]
+        results.append((*outputs, *torch.autograd.grad(torch.stack(sums).sum(), of)))
+    for expected, found in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 def test_scores_are_sorted_and_background_is_dropped() -> None:

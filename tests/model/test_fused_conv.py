@@ -28,6 +28,8 @@ def test_the_stem_on_cells_is_the_stem(height: int, width: int) -> None:
     cells, weight = stem_on_cells(conv.weight, images)
     found = F.conv2d(cells, weight, conv.bias, padding=2)[:, :, :-1, :-1]
     torch.testing.assert_close(found, conv(images))
+    bordered, weight = stem_on_cells(conv.weight, images, border=(2, 1))
+    torch.testing.assert_close(F.conv2d(bordered, weight, conv.bias), conv(images))
 
 
 @pytest.mark.parametrize("relu", [True, False])
