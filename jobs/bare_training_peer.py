@@ -18,8 +18,8 @@ from jobs.train_config import TrainConfig
 from jobs.trainee import MakeTrainee
 from jobs.training_setup import autocast, laid_out, loading_of, set_up_torch, weights_dtype
 from model.ground_truth import TrainingBatch
-from model.host_copy import HostCopy
 from model.optimiser import build_optimiser, take_step
+from model.transfers import HostCopy
 from pipeline.loaded import keep_loaded
 from pipeline.training_data import TrainingImages
 from pipeline.worker_group import WorkerGroup

@@ -35,6 +35,7 @@ from jobs.trainee import Trainee
 from model import Detections, ImageSize, MaskRCNN, ModelConfig, Recipe
 from model.ground_truth import TrainingBatch
 from model.losses import LossConfig
+from model.mask_targets import PackedMasks
 from model.norm import norm_of
 from model.resnet import ARCHITECTURES
 from model.structures import Rle
@@ -78,11 +79,12 @@ class _Losses(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> dict[str, Tensor]:
         assert batch.masks is not None
+        bitmaps = batch.masks.bitmaps if isinstance(batch.masks, PackedMasks) else batch.masks
         sizes = [(int(height), int(width)) for height, width in batch.image_sizes.tolist()]
         targets = [
             {"boxes": boxes[valid], "labels": labels[valid], "masks": masks}
             for boxes, labels, valid, masks in zip(
-                batch.gt_boxes, batch.gt_labels, batch.gt_valid, batch.masks, strict=True
+                batch.gt_boxes, batch.gt_labels, batch.gt_valid, bitmaps, strict=True
             )
         ]
         network: Any = self.network

@@ -33,7 +33,6 @@ from jobs.training_setup import (
     set_up_torch,
     weights_dtype,
 )
-from model.host_copy import HostCopy
 from model.norm import running_statistics
 from model.optimiser import (
     average,
@@ -43,6 +42,7 @@ from model.optimiser import (
     set_learning_rate,
     take_step,
 )
+from model.transfers import HostCopy
 from pipeline import checkpoints
 from pipeline.errors import PipelineError
 from pipeline.loaded import keep_loaded

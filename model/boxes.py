@@ -96,23 +96,23 @@ def first_of_each_image(image_index: Tensor, *, num_images: int, limit: int) -> 
     return positions[:, :limit].where(filled, 0), filled
 
 
-class Marked(NamedTuple):
-    """S places for each row of marks."""
+class Places(NamedTuple):
+    """S places for each row of a batch, the empty ones behind the others."""
 
-    places: Tensor
-    """(N, S) where its first marks are, in rising order; 0 for an empty place."""
+    position: Tensor
+    """(N, S) what is at the place; 0 for an empty one."""
     filled: Tensor
-    """(N, S) whether the place holds a mark."""
+    """(N, S)."""
 
 
-def first_marked(marked: Tensor, *, limit: int) -> Marked:
-    """The first `limit` = S marks of each row of (N, B), found without waiting for the device."""
+def first_marked(marked: Tensor, *, limit: int) -> Places:
+    """The first `limit` = S marks of each row of (N, B), in rising order, found without waiting for the device."""
     rank = marked.cumsum(dim=1)
     # Those that are not marked, and those over the limit, share a slot that is cut off.
     slot = torch.where(marked, rank - 1, limit).clamp(max=limit)
     everywhere = torch.arange(marked.shape[1], device=marked.device).expand_as(slot)
-    places = everywhere.new_zeros(len(marked), limit + 1).scatter_(1, slot, everywhere)[:, :limit]
-    return Marked(places, torch.arange(limit, device=marked.device) < marked.sum(dim=1, keepdim=True))
+    position = everywhere.new_zeros(len(marked), limit + 1).scatter_(1, slot, everywhere)[:, :limit]
+    return Places(position, torch.arange(limit, device=marked.device) < marked.sum(dim=1, keepdim=True))
 
 
 def full_precision(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from model.raw_detections import MaskTexts, Pending, RawDetections
 from model.recipe import Recipe
 from model.stages import AfterStage, nothing
 from model.structures import ImageSize, sizes_of
+from model.transfers import to_device
 
 MAX_GRAPHS = 64
 """Kept, those used last; each holds its input, and all share the memory they work in."""
@@ -244,7 +245,7 @@ def fastest_kernels() -> Iterator[None]:
 
 
 def _on_device(values: Any, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=torch.float32), device)
 
 
 def _to_host(found: FixedOutputs) -> FixedOutputs:

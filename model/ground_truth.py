@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from model import boxes as box_math
 from model import transform
 from model.config import ModelConfig
-from model.mask_targets import Masks, resized
+from model.mask_targets import Masks, PackedMasks, resized
 from model.recipe import Recipe
 from model.structures import ImageSize
+from model.transfers import to_device
 
 # N images, G objects of an image, C crowd regions, P given proposals, K keypoints.
 
@@ -69,7 +70,7 @@ class TrainingBatch:
     """(N, C, 4)."""
     crowd_valid: Tensor
     """(N, C)."""
-    masks: list[Masks] | None
+    masks: list[Masks] | PackedMasks | None
     """Of each image."""
     seeds: list[int] | None
     """Of each image, for what is drawn at random of it."""
@@ -230,7 +231,7 @@ def _scaled_keypoints(truths: Sequence[GroundTruth], ratios: Sequence[Tensor]) -
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return to_device(value, device)
     if isinstance(value, list):
-        return [item.to(device) if isinstance(item, Tensor) else item for item in value]
+        return [to_device(item, device) if isinstance(item, Tensor) else item for item in value]
     return value

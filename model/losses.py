@@ -4,8 +4,8 @@ Outputs of the heads and padded ground truth enter; scalars leave, in float32, z
 defaults are torchvision's; where detectron2 differs, `LossConfig` chooses.
 """
 
-# N images, B anchors of an image, G places for ground truth, R regions over the batch, K classes with background or
-# keypoints, M mask side, S heatmap side.
+# N images, B anchors of an image, P of them sampled, G places for ground truth, R regions over the batch, K classes
+# with background or keypoints, M mask side, S heatmap side.
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.boxes import encode, full_precision
+from model.boxes import Places, encode, full_precision
 from model.checked import Checked, at_least
 from model.mask_targets import MaskTarget
 from model.matcher import POSITIVE, Matches, take
@@ -95,24 +95,26 @@ def rpn_losses(
     deltas: Tensor,
     anchors: Tensor,
     matches: Matches,
-    chosen: Tensor,
+    chosen: Places,
     gt_boxes: Tensor,
     *,
     config: LossConfig,
     delta_weights: Sequence[float],
     divisor: Divisor = own_count,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of objectness (N, B) and of deltas (N, B, 4) over the `chosen` (N, B); anchors are (B, 4) or (N, B, 4),
-    ground truth boxes (N, G, 4)."""
-    is_positive = matches.label == POSITIVE  # (N, B)
-    logits = full_precision(objectness)
+    """Losses of objectness (N, B) and of deltas (N, B, 4) of the anchors (B, 4) at the `chosen` places (N, P); ground
+    truth boxes are (N, G, 4)."""
+    position, counted = chosen  # (N, P)
+    is_positive = (matches.label.gather(1, position) == POSITIVE) & counted
+    logits = full_precision(objectness.gather(1, position))
     objectness_loss = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits.dtype), reduction="none")
-    regressed = (is_positive & chosen)[..., None]  # (N, B, 1)
-    targets = _delta_targets(anchors, take(gt_boxes, matches.gt_index), regressed, delta_weights)  # (N, B, 4)
-    box_loss = smooth_l1(deltas, targets, config.rpn_beta)
+    regressed = is_positive[..., None]  # (N, P, 1)
+    gt_boxes = take(gt_boxes, matches.gt_index.gather(1, position))  # (N, P, 4)
+    targets = _delta_targets(anchors[position], gt_boxes, regressed, delta_weights)  # (N, P, 4)
+    box_loss = smooth_l1(deltas.gather(1, position[..., None].expand(-1, -1, 4)), targets, config.rpn_beta)
     fixed = config.rpn_normaliser == "fixed"
-    num_samples = divisor(_number(config.rpn_samples * len(chosen), chosen.device) if fixed else chosen.sum())
-    return _sum(objectness_loss, chosen) / num_samples, _sum(box_loss, regressed) / num_samples
+    num_samples = divisor(_number(config.rpn_samples * len(position), position.device) if fixed else counted.sum())
+    return _sum(objectness_loss, counted) / num_samples, _sum(box_loss, regressed) / num_samples
 
 
 def box_losses(

@@ -8,7 +8,10 @@ for each instance a list of parts (V, 2) of x, y in continuous coordinates, whos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,6 +30,34 @@ Polygons = Sequence[Sequence[NDArray[np.floating[Any]]]]
 """Of each instance its parts, (V, 2) each."""
 Masks = Tensor | Sequence[Rle] | Polygons
 """The masks of one image in one of the three forms."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMasks:
+    """Bitmaps of a batch of N images on a device, as they have travelled: a bit a pixel, of their images' own size."""
+
+    bits: Tensor
+    """(B,) uint8, the first pixel the highest bit; the bitmaps (G, H, W) of each image begin with a byte."""
+    layout: Tensor
+    """(N, 5) int64: its first byte, H, W, and the height and width that the image has in the input."""
+    num_bitmaps: list[int]
+    """G of each image."""
+    sizes: list[tuple[ImageSize, ImageSize]]
+    """The same sizes, on the host."""
+
+    @cached_property
+    def bitmaps(self) -> list[Tensor]:
+        """(G, H, W) uint8 of each image, at the size it has in the input."""
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
+        num_pixels = [count * math.prod(size) for count, (size, _) in zip(self.num_bitmaps, self.sizes, strict=True)]
+        of_images = torch.split(self.bits, [-(-pixels // 8) for pixels in num_pixels])
+        bitmaps = []
+        for pixels, bits, (size, to_size) in zip(num_pixels, of_images, self.sizes, strict=True):
+            unpacked = ((bits[:, None] >> shifts) & 1).flatten()[:pixels]
+            bitmaps.append(cast(Tensor, resized(unpacked.view(-1, *size), size, to_size)))
+        return bitmaps
+
+
 MaskTarget = Literal["soft", "binary", "polygon"]
 """Cells as torchvision's: the bitmap averaged, and read half a pixel off; as detectron2's of bitmaps: averaged where it
 is, and at least half; or as detectron2's of polygons: cells whose centre the outline holds."""
@@ -43,7 +74,7 @@ _MIN_SIDE = 0.1
 
 @torch.no_grad()
 def crop_of_images(
-    masks: Sequence[Masks],
+    masks: Sequence[Masks] | PackedMasks,
     image_index: Tensor,
     gt_index: Tensor,
     boxes: Tensor,
@@ -52,6 +83,12 @@ def crop_of_images(
     target: MaskTarget,
 ) -> Tensor:
     """`crop` of regions that lie in the images `image_index` (R,), in rising order, each with masks of its own."""
+    if isinstance(masks, PackedMasks):
+        from model.kernels.mask_crops import crop_packed
+
+        _check_form(masks.bits, target)
+        cells = crop_packed(masks, image_index, gt_index, boxes, side=side, aligned=target == "binary")
+        return (cells >= 0.5).float() if target == "binary" else cells
     if run_kernels_on(boxes.device) and all(isinstance(one, Tensor) and one.device == boxes.device for one in masks):
         from model.kernels.mask_crops import crop_masks
 

@@ -1,7 +1,8 @@
 """A batch as it travels from the processes that load it to a GPU: bytes of pixels and bits of masks, nothing resized.
 
 Of a photograph of 640×480 with ten objects that is 1.3 MB in place of the 19 MB that `ground_truth.collate` makes of it
-for an input of 800×1066. On the GPU one launch lays out the pixels, and a few for each image its masks.
+for an input of 800×1066. On the GPU one launch lays out the pixels; masks stay as they are, and what is
+learnt of them is cut from their bits.
 """
 
 # N images, B bytes, G objects of an image, H and W its sides.
@@ -20,9 +21,10 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.ground_truth import Frames, GroundTruth, TrainingBatch, collate, frames_of, objects_of
 from model.kernels import run_kernels_on
-from model.mask_targets import Masks, resized, to_bitmaps
+from model.mask_targets import PackedMasks, to_bitmaps
 from model.recipe import Recipe
 from model.structures import ImageSize
+from model.transfers import to_device
 
 FLOAT_BYTES = 4
 
@@ -42,8 +44,8 @@ class PackedBatch:
     recipe: Recipe
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """What `collate` makes of the same, there; pixels are rounded in another order."""
-        masks = None if self.mask_bits is None else self._masks(self.mask_bits.to(device))
+        """What `collate` makes of the same, there; pixels are rounded in another order, and masks stay packed."""
+        masks = None if self.mask_bits is None else self._masks(self.mask_bits, device)
         return replace(self.objects.to(device), pixels=self._pixels(device), masks=masks)
 
     def _pixels(self, device: torch.device) -> Tensor:
@@ -54,26 +56,21 @@ class PackedBatch:
             (len(self.num_objects), 3, *self.frames.padded), device=device, memory_format=torch.channels_last
         )
         lay_out(
-            self.pixel_bytes.to(device),
-            torch.from_numpy(ends[:-1]).to(device),
-            torch.tensor(self.frames.sizes).to(device),
-            torch.tensor(self.frames.to_sizes).to(device),
+            to_device(self.pixel_bytes, device),
+            to_device(torch.from_numpy(ends[:-1]), device),
+            to_device(torch.tensor(self.frames.sizes), device),
+            to_device(torch.tensor(self.frames.to_sizes), device),
             pixels,
             recipe=self.recipe,
         )
         return pixels
 
-    def _masks(self, mask_bits: Tensor) -> list[Masks]:
-        """(G, H, W) uint8 of each image, at the size it has in the input."""
-        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=mask_bits.device)
-        num_pixels = [count * math.prod(size) for count, size in zip(self.num_objects, self.frames.sizes, strict=True)]
-        masks: list[Masks] = []
-        of_images = torch.split(mask_bits, [-(-pixels // 8) for pixels in num_pixels])
-        for index, image_bits in enumerate(of_images):  # one by one, as each is eight times as large unpacked
-            bits = ((image_bits[:, None] >> shifts) & 1).flatten()[: num_pixels[index]]
-            size, to_size = self.frames.sizes[index], self.frames.to_sizes[index]
-            masks.append(resized(bits.view(-1, *size), size, to_size))
-        return masks
+    def _masks(self, bits: Tensor, device: torch.device) -> PackedMasks:
+        sizes = list(zip(self.frames.sizes, self.frames.to_sizes, strict=True))
+        num_pixels = [count * math.prod(size) for count, (size, _) in zip(self.num_objects, sizes, strict=True)]
+        first_bytes = np.cumsum([0, *(-(-pixels // 8) for pixels in num_pixels)])
+        layout = [[first, *size, *to_size] for first, (size, to_size) in zip(first_bytes, sizes, strict=False)]
+        return PackedMasks(to_device(bits, device), to_device(torch.tensor(layout), device), self.num_objects, sizes)
 
 
 def is_for(device: torch.device, recipe: Recipe) -> bool:

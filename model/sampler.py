@@ -10,12 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.boxes import Places, first_marked
+
+_NEVER = 2.0
+"""Above every key."""
+
 
 class Sampler(Protocol):
     """Chooses from what may be trained on."""
 
-    def __call__(self, label: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """(N, B) bool whether each is chosen; of `label` (N, B) int8 1 is positive, 0 negative, -1 never chosen.
+    def __call__(self, label: Tensor, seeds: Sequence[int] | None = None) -> Places:
+        """(N, S) the chosen places of `label` (N, B) int8, of which 1 is positive, 0 negative, -1 never chosen.
 
         `seeds`, one for each image, make its choice independent of the batch it is in.
         """
@@ -31,11 +36,15 @@ def random_sampler(*, count: int, positive_fraction: float, generator: torch.Gen
         raise ValueError(f"positive_fraction must be between 0 and 1, got {positive_fraction}")
     max_positives = int(count * positive_fraction)  # rounded down as in torchvision
 
-    def sample(label: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    def sample(label: Tensor, seeds: Sequence[int] | None = None) -> Places:
         keys = _seeded(label, seeds) if seeds else torch.rand(label.shape, generator=generator, device=label.device)
         limit = torch.full((len(label), 1), max_positives, device=label.device)  # (N, 1)
         positives = _least(keys, label > 0, limit, max_places=max_positives)
-        return positives | _least(keys, label == 0, count - positives.sum(dim=1, keepdim=True), max_places=count)
+        num_positives = positives.filled.sum(dim=1, keepdim=True)  # (N, 1)
+        negatives = _least(keys, label == 0, count - num_positives, max_places=count)
+        position, filled = (torch.cat(both, dim=1) for both in zip(positives, negatives, strict=True))
+        chosen = first_marked(filled, limit=min(count, filled.shape[1]))
+        return Places(position.gather(1, chosen.position).where(chosen.filled, 0), chosen.filled)
 
     return sample
 
@@ -47,9 +56,8 @@ def _seeded(label: Tensor, seeds: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def _least(keys: Tensor, among: Tensor, limit: Tensor, *, max_places: int) -> Tensor:
-    """(N, B) the `limit` (N, 1) smallest keys of each row `among` those marked, or all of them if they are fewer."""
+def _least(keys: Tensor, among: Tensor, limit: Tensor, *, max_places: int) -> Places:
+    """The `limit` (N, 1) smallest keys of each row `among` those marked, or all of them if they are fewer."""
     num_places = min(max_places, keys.shape[1])
-    order = keys.masked_fill(~among, 2.0).topk(num_places, dim=1, largest=False).indices  # (N, S), keys are below 1
-    within = torch.arange(num_places, device=keys.device) < limit  # (N, S)
-    return torch.zeros_like(among).scatter_(1, order, within) & among
+    least, position = keys.masked_fill(~among, _NEVER).topk(num_places, dim=1, largest=False)  # (N, S)
+    return Places(position, (least < _NEVER) & (torch.arange(num_places, device=keys.device) < limit))

@@ -18,7 +18,6 @@ from model.boxes import first_marked
 from model.config import ModelConfig
 from model.fixed_shapes import propose_fixed
 from model.ground_truth import TrainingBatch
-from model.host_copy import HostCopy
 from model.kernels import run_kernels_on
 from model.keypoint_targets import heatmap_targets
 from model.losses import (
@@ -40,6 +39,7 @@ from model.recipe import Recipe
 from model.rpn import Proposals, propose
 from model.sampler import Sampler, random_sampler
 from model.structures import ImageSize
+from model.transfers import HostCopy
 
 # N images, B anchors, P proposals and G ground truth boxes of an image, R regions trained on over the batch.
 
@@ -130,7 +130,7 @@ class TrainingForward(nn.Module):
             divisor=self.divisor,
         )
         # Waited for here, behind work that a GPU has still to do.
-        positive = first_marked((regions.labels > 0)[None], limit=int(num_positives.wait())).places[0]
+        positive = first_marked((regions.labels > 0)[None], limit=int(num_positives.wait())).position[0]
         positives = regions.only(positive)
         if self.network.mask_head is not None:
             # res5 has run on these regions already; a pyramid's are pooled anew, finer
@@ -216,12 +216,11 @@ class TrainingForward(nn.Module):
         thresholds = (self.losses.box_positive_iou, self.losses.box_positive_iou)
         matches = self._match(boxes, batch, thresholds, allow_low_quality=False)
         label = matches.label.masked_fill(~valid, NEITHER)  # (N, P + G)
-        chosen = self.box_sampler(label, batch.seeds)  # (N, P + G)
-        places, filled = first_marked(chosen, limit=min(self.losses.box_samples, chosen.shape[1]))  # (N, S), (N, S)
-        gt_index = matches.gt_index.gather(1, places)  # (N, S)
-        gt_labels = take(batch.gt_labels, gt_index).where(label.gather(1, places) > 0, 0)
+        position, filled = self.box_sampler(label, batch.seeds)  # (N, S)
+        gt_index = matches.gt_index.gather(1, position)  # (N, S)
+        gt_labels = take(batch.gt_labels, gt_index).where(label.gather(1, position) > 0, 0)
         regions = _Regions(
-            take(boxes, places).flatten(0, 1),
+            take(boxes, position).flatten(0, 1),
             image_of_place(filled),
             gt_index.flatten(),
             gt_labels.where(filled, IGNORED).flatten(),

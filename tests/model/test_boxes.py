@@ -163,9 +163,9 @@ def test_first_marked_agrees_with_the_loop(data: st.DataObject, num_rows: int, n
     marked = data.draw(st.lists(st.lists(st.booleans(), min_size=num_marks, max_size=num_marks), max_size=num_rows))
     rows = torch.tensor(marked, dtype=torch.bool).view(len(marked), num_marks)
     found = box_math.first_marked(rows, limit=limit)
-    for row, places, filled in zip(marked, found.places.tolist(), found.filled.tolist(), strict=True):
+    for row, position, filled in zip(marked, found.position.tolist(), found.filled.tolist(), strict=True):
         expected = [place for place, is_marked in enumerate(row) if is_marked][:limit]
-        assert places == expected + [0] * (limit - len(expected))
+        assert position == expected + [0] * (limit - len(expected))
         assert filled == [place < len(expected) for place in range(limit)]
 
 

@@ -14,7 +14,7 @@ from torchvision.models.detection import roi_heads
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from model.boxes import encode
+from model.boxes import Places, encode, first_marked
 from model.losses import (
     LossConfig,
     box_losses,
@@ -37,7 +37,7 @@ def random_boxes(*shape: int) -> Tensor:
     return torch.cat([corner, corner + torch.rand(*shape, 2) * 30 + 1], dim=-1)
 
 
-def random_rpn_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Matches, Tensor, Tensor]:
+def random_rpn_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Matches, Places, Tensor]:
     """Objectness, deltas, anchors, matches, chosen, ground truth of 3 images, of which the last has no object."""
     torch.manual_seed(seed)
     anchors, gt_boxes, valid = (
@@ -51,6 +51,11 @@ def random_rpn_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Matches, Tensor,
     return torch.randn(3, 30), torch.randn(3, 30, 4), anchors, matches, chosen, gt_boxes
 
 
+def marks(chosen: Places) -> Tensor:
+    """(3, 30) whether each anchor of a case is chosen."""
+    return torch.zeros(3, 30).scatter_add_(1, chosen.position, chosen.filled.float()) > 0
+
+
 def random_box_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Class logits, deltas, labels, boxes, ground truth; regions of background have none."""
     torch.manual_seed(seed)
@@ -59,7 +64,7 @@ def random_box_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def rpn_losses_at(
-    case: tuple[Tensor, Tensor, Tensor, Matches, Tensor, Tensor], config: LossConfig = CONFIG
+    case: tuple[Tensor, Tensor, Tensor, Matches, Places, Tensor], config: LossConfig = CONFIG
 ) -> tuple[Tensor, Tensor]:
     return rpn_losses(*case, config=config, delta_weights=RPN_WEIGHTS)
 
@@ -74,7 +79,7 @@ def one_anchor(config: LossConfig) -> tuple[float, float]:
     anchors = torch.tensor([[0.0, 0, 8, 8]])
     gt_boxes = torch.tensor([[[4.0, 0, 12, 8]]] * 2)  # dx 0.5
     matches = Matches(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.int8))
-    chosen = torch.tensor([[True], [False]])
+    chosen = first_marked(torch.tensor([[True], [False]]), limit=1)
     losses = rpn_losses_at((torch.zeros(2, 1), torch.zeros(2, 1, 4), anchors, matches, chosen, gt_boxes), config)
     return losses[0].item(), losses[1].item()
 
@@ -104,6 +109,7 @@ def test_rpn_losses_by_hand() -> None:
 def test_rpn_losses_are_torchvisions(seed: int) -> None:
     case = random_rpn_case(seed)
     objectness, deltas, anchors, matches, chosen, gt_boxes = case
+    marked = marks(chosen)
     targets = [BoxCoder(RPN_WEIGHTS).encode_single(boxes, anchors) for boxes in take(gt_boxes, matches.gt_index)]
 
     class Network:
@@ -111,7 +117,7 @@ def test_rpn_losses_are_torchvisions(seed: int) -> None:
 
         @staticmethod
         def fg_bg_sampler(labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-            return list((torch.stack(labels) == 1) & chosen), list((torch.stack(labels) == 0) & chosen)
+            return list((torch.stack(labels) == 1) & marked), list((torch.stack(labels) == 0) & marked)
 
     expected = RegionProposalNetwork.compute_loss(
         Network(), objectness, deltas.flatten(0, 1), list(matches.label.float()), targets
@@ -126,14 +132,14 @@ def test_rpn_losses_agree_with_the_loop(normaliser: str, beta: float) -> None:
     config = LossConfig(rpn_beta=beta, rpn_normaliser=normaliser, rpn_samples=10)  # type: ignore[arg-type]
     objectness, deltas, anchors, matches, chosen, gt_boxes = case
     class_loss, box_loss = 0.0, 0.0
-    for image, place in chosen.nonzero().tolist():
+    for image, place in marks(chosen).nonzero().tolist():
         positive = matches.label[image, place].item() == 1
         class_loss += reference.binary_cross_entropy(objectness[image, place].item(), float(positive))
         if positive:
             gt_box = gt_boxes[image, int(matches.gt_index[image, place])]
             off = deltas[image, place] - encode(anchors[place], gt_box, weights=RPN_WEIGHTS)
             box_loss += sum(reference.smooth_l1(each, beta or 1e-12) for each in off.tolist())
-    divisor = int(chosen.sum()) if normaliser == "sampled" else 10 * 3
+    divisor = int(chosen.filled.sum()) if normaliser == "sampled" else 10 * 3
     found = rpn_losses_at(case, config)
     assert [loss.item() for loss in found] == pytest.approx([class_loss / divisor, box_loss / divisor])
 
@@ -258,12 +264,12 @@ def test_gradients() -> None:
 
 def test_what_is_not_counted_has_no_gradient() -> None:
     objectness, deltas, anchors, matches, chosen, gt_boxes = random_rpn_case(2)
-    anchors[chosen.any(dim=0).logical_not().nonzero()[0]] = 3.0  # an anchor without sides that no image chose
+    anchors[marks(chosen).any(dim=0).logical_not().nonzero()[0]] = 3.0  # an anchor without sides that no image chose
     outputs = (objectness.requires_grad_(), deltas.requires_grad_())
     losses = rpn_losses_at((*outputs, anchors, matches, chosen, gt_boxes))
     of_objectness, of_deltas = torch.autograd.grad(losses[0] + losses[1], outputs)
-    assert torch.equal(of_objectness != 0, chosen)
-    assert torch.equal((of_deltas != 0).any(dim=2), chosen & (matches.label == 1))
+    assert torch.equal(of_objectness != 0, marks(chosen))
+    assert torch.equal((of_deltas != 0).any(dim=2), marks(chosen) & (matches.label == 1))
 
 
 def test_boxes_are_no_way_for_gradients() -> None:
@@ -282,7 +288,9 @@ def zero_of_nothing() -> dict[str, tuple[list[Tensor], Callable[..., Tensor | tu
     return {
         "nothing chosen, no ground truth": (
             [torch.randn(2, 6), torch.randn(2, 6, 4)],
-            lambda *x: rpn_losses_at((*x, torch.zeros(6, 4), empty, torch.zeros(2, 6) > 0, torch.zeros(2, 0, 4))),
+            lambda *x: rpn_losses_at(
+                (*x, torch.zeros(6, 4), empty, first_marked(torch.zeros(2, 6) > 0, limit=3), torch.zeros(2, 0, 4))
+            ),
         ),
         "no images": (
             [torch.randn(0, 6), torch.randn(0, 6, 4)],
@@ -291,7 +299,7 @@ def zero_of_nothing() -> dict[str, tuple[list[Tensor], Callable[..., Tensor | tu
                     *x,
                     torch.zeros(6, 4),
                     Matches(*(each[:0] for each in empty)),
-                    torch.zeros(0, 6) > 0,
+                    first_marked(torch.zeros(0, 6) > 0, limit=3),
                     torch.zeros(0, 3, 4),
                 ),
                 LossConfig(rpn_normaliser="fixed"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import R18_FPN, ModelConfig, Recipe
 from model.ground_truth import GroundTruth, TrainingBatch, collate
+from model.mask_targets import PackedMasks
 from model.packed_batch import PackedBatch, pack
 from model.structures import ImageSize
 
@@ -41,6 +42,7 @@ def _assert_same(found: TrainingBatch, expected: TrainingBatch) -> None:
         if field.name == "pixels":
             torch.testing.assert_close(one.cpu(), other, rtol=0, atol=2e-5)
         elif field.name == "masks":
+            one = one.bitmaps if isinstance(one, PackedMasks) else one
             assert len(one) == len(other)
             assert all(torch.equal(mine.cpu(), theirs) for mine, theirs in zip(one, other, strict=True))
         elif isinstance(other, Tensor):

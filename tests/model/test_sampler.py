@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
+from model.boxes import Places
 from model.sampler import Sampler, random_sampler
 from tests.reference import sampler as reference
 
@@ -27,8 +28,17 @@ def seeded(count: int, positive_fraction: float, seed: int = 0) -> Sampler:
     return random_sampler(count=count, positive_fraction=positive_fraction, generator=generator)
 
 
-def numbers(label: Tensor, chosen: Tensor) -> list[tuple[int, int]]:
+def marks(label: Tensor, places: Places) -> Tensor:
+    """(N, B) bool whether each is chosen, none of them twice."""
+    times = torch.zeros(label.shape, dtype=torch.int64).scatter_add_(1, places.position, places.filled.to(torch.int64))
+    assert not (times > 1).any()
+    assert not places.position[~places.filled].any()
+    return times > 0
+
+
+def numbers(label: Tensor, places: Places) -> list[tuple[int, int]]:
     """Positives and negatives chosen of each image."""
+    chosen = marks(label, places)
     assert not (chosen & (label < 0)).any()
     return [
         (int((chosen & (label == 1))[image].sum()), int((chosen & (label == 0))[image].sum()))
@@ -40,7 +50,7 @@ def test_numbers_by_hand() -> None:
     # 8 of each: at most 2 positives (a quarter); what they lack, negatives fill; what those lack, nothing.
     label = labels_of((5, 15, 0), (1, 15, 4), (5, 3, 12), (0, 20, 0), (20, 0, 0), (0, 0, 20))
     chosen = seeded(8, 0.25)(label)
-    assert chosen.dtype == torch.bool
+    assert chosen.position.shape == (6, 8)
     assert numbers(label, chosen) == [(2, 6), (1, 7), (2, 3), (0, 8), (2, 0), (0, 0)]
 
 
@@ -70,22 +80,22 @@ def test_every_candidate_is_as_likely() -> None:
     # 4,000 draws of 2 of 6 positives and 6 of 10 negatives: a share of 1/3 and of 3/5 has a deviation of 0.0075 and
     # 0.0077, and none of 16 strays by five of them.
     label = labels_of((6, 10, 2)).expand(4_000, -1)
-    share = seeded(8, 0.25)(label).double().mean(dim=0)
+    share = marks(label, seeded(8, 0.25)(label)).double().mean(dim=0)
     torch.testing.assert_close(share[label[0] == 1], torch.full((6,), 1 / 3, dtype=torch.float64), rtol=0, atol=0.039)
     torch.testing.assert_close(share[label[0] == 0], torch.full((10,), 0.6, dtype=torch.float64), rtol=0, atol=0.039)
-    chosen = seeded(8, 0.25)(label)[:, label[0] == 1]
+    chosen = marks(label, seeded(8, 0.25)(label))[:, label[0] == 1]
     together = (chosen[:, 0] & chosen[:, 1]).double().mean()  # each of 15 pairs
     assert abs(float(together) - 1 / 15) < 5 * (1 / 15 * 14 / 15 / 4_000) ** 0.5
 
 
 def test_a_generator_decides() -> None:
     label = labels_of((50, 200, 30), (3, 100, 177))
-    first, again, other = (seeded(16, 0.5, seed)(label) for seed in (1, 1, 2))
+    first, again, other = (marks(label, seeded(16, 0.5, seed)(label)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     sampler = seeded(16, 0.5, 1)
-    assert torch.equal(sampler(label), first)
-    assert not torch.equal(sampler(label), first)  # the next batch draws anew
+    assert torch.equal(marks(label, sampler(label)), first)
+    assert not torch.equal(marks(label, sampler(label)), first)  # the next batch draws anew
 
 
 def test_without_a_generator_torchs_own_decides() -> None:
@@ -94,12 +104,12 @@ def test_without_a_generator_torchs_own_decides() -> None:
     torch.manual_seed(3)
     first = sampler(label)
     torch.manual_seed(3)
-    assert torch.equal(sampler(label), first)
+    assert torch.equal(sampler(label).position, first.position)
 
 
 def test_nothing_to_sample() -> None:
-    assert seeded(8, 0.5)(torch.zeros(2, 0, dtype=torch.int8)).shape == (2, 0)
-    assert seeded(8, 0.5)(torch.zeros(0, 9, dtype=torch.int8)).shape == (0, 9)
+    assert seeded(8, 0.5)(torch.zeros(2, 0, dtype=torch.int8)).position.shape == (2, 0)
+    assert seeded(8, 0.5)(torch.zeros(0, 9, dtype=torch.int8)).position.shape == (0, 8)
 
 
 def test_bounds() -> None:
@@ -113,9 +123,10 @@ def test_seeds_make_the_choice_independent_of_the_batch() -> None:
     label = labels_of((50, 200, 10), (60, 150, 50))
     sampler = random_sampler(count=32, positive_fraction=0.5)
     together = sampler(label, [3, 4])
-    assert torch.equal(together, sampler(label, [3, 4]))
-    assert torch.equal(together[1:], sampler(label[1:], [4]))
-    assert not torch.equal(together, sampler(label, [4, 3]))
+    chosen = marks(label, together)
+    assert torch.equal(chosen, marks(label, sampler(label, [3, 4])))
+    assert torch.equal(chosen[1:], marks(label[1:], sampler(label[1:], [4])))
+    assert not torch.equal(chosen, marks(label, sampler(label, [4, 3])))
     more = torch.cat([label, torch.full((2, 7), -1, dtype=torch.int8)], dim=1)  # places another worker padded
-    assert torch.equal(sampler(more, [3, 4])[:, :260], together)
+    assert torch.equal(marks(more, sampler(more, [3, 4]))[:, :260], chosen)
     assert numbers(label, together) == [(16, 16), (16, 16)]

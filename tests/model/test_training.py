@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import model
 from jobs.torchvision_peer import torchvision_network
 from model import R18_FPN, R50_C4, ModelConfig, Recipe, conv_norm, mask_targets, matcher, pooling, roi_align, training
+from model.boxes import Places, first_marked
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
@@ -45,7 +46,10 @@ class Spread:
     def __init__(self, count: int, positive_fraction: float) -> None:
         self.count, self.positive_fraction = count, positive_fraction
 
-    def ours(self, label: Tensor, seeds: object = None) -> Tensor:
+    def ours(self, label: Tensor, seeds: object = None) -> Places:
+        return first_marked(self._chosen(label), limit=self.count)
+
+    def _chosen(self, label: Tensor) -> Tensor:
         most = torch.full((len(label), 1), int(self.count * self.positive_fraction))
         positive = self._some(label > 0, most)
         return positive | self._some(label == 0, self.count - positive.sum(dim=1, keepdim=True))
@@ -56,7 +60,7 @@ class Spread:
         return among & ((among.cumsum(1) - 1) * 7919 % total < count)
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        chosen = [self.ours(label[None])[0] for label in labels]
+        chosen = [self._chosen(label[None])[0] for label in labels]
         positive = [one & (label > 0) for one, label in zip(chosen, labels, strict=True)]
         return positive, [one & (label == 0) for one, label in zip(chosen, labels, strict=True)]
 
@@ -350,7 +354,7 @@ def test_a_batch_by_hand() -> None:
     torch.testing.assert_close(batch.gt_boxes[1, 0], torch.tensor(expected))
     assert batch.gt_labels.tolist() == [[0], [2]]
     assert batch.crowd_valid.tolist() == [[True], [False]]
-    assert batch.masks is not None
+    assert isinstance(batch.masks, list)
     assert [tuple(torch.as_tensor(masks).shape) for masks in batch.masks] == [(0, 96, 128), (1, 85, 128)]
 
 

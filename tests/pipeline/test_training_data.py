@@ -19,6 +19,7 @@ from model import R18_FPN, Recipe
 from model.ground_truth import TrainingBatch
 from model.initial_weights import initialise
 from model.losses import LossConfig
+from model.mask_targets import PackedMasks
 from model.network import build_network
 from model.packed_batch import PackedBatch
 from model.training import TrainingForward
@@ -104,7 +105,8 @@ def by_image(batches: list[LoadedBatch]) -> list[dict[str, Any]]:
     for loaded in batches:
         batch = laid_out(loaded)
         assert batch.seeds is not None
-        assert batch.masks is not None
+        masks = batch.masks.bitmaps if isinstance(batch.masks, PackedMasks) else batch.masks
+        assert masks is not None
         found += [
             {
                 "file_name": loaded.file_names[index],
@@ -114,7 +116,7 @@ def by_image(batches: list[LoadedBatch]) -> list[dict[str, Any]]:
                 "boxes": batch.gt_boxes[index][batch.gt_valid[index]],
                 "labels": batch.gt_labels[index][batch.gt_valid[index]],
                 "crowds": batch.crowd_boxes[index][batch.crowd_valid[index]],
-                "masks": batch.masks[index],
+                "masks": masks[index],
             }
             for index in range(len(batch.pixels))
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from torchvision.ops import roi_align
 
 pytest.importorskip("triton")
 
-from model.kernels.mask_crops import crop_masks
+from model.kernels.mask_crops import crop_masks, crop_packed
+from model.mask_targets import PackedMasks, resized
+from model.structures import ImageSize
 from tests.model.kernels.compiling import compiled_ptx
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +61,40 @@ def test_cells_are_torchvisions(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@given(
+    seed=st.integers(0, 2**32),
+    counts=st.tuples(*[st.integers(0, 3)] * 3),
+    to_sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=3, max_size=3),
+    boxes=st.lists(box, max_size=5),
+    aligned=st.booleans(),
+)
+@settings(deadline=None, max_examples=30)
+def test_of_packed_masks_they_are_those_of_the_masks_resized(
+    seed: int, counts: tuple[int, ...], to_sizes: list[tuple[int, int]], boxes: list[list[float]], aligned: bool
+) -> None:
+    generator = np.random.default_rng(seed)
+    of_images = [generator.random((count, *size)) < 0.5 for count, size in zip(counts, SIZES, strict=True)]
+    bits = [np.packbits(one) for one in of_images]
+    sizes = [(ImageSize(*size), ImageSize(*to_size)) for size, to_size in zip(SIZES, to_sizes, strict=True)]
+    starts = np.cumsum([0, *map(len, bits)])
+    packed = PackedMasks(
+        torch.from_numpy(np.concatenate(bits)).to(DEVICE),
+        torch.tensor([[start, *a, *b] for start, (a, b) in zip(starts, sizes, strict=False)]).to(DEVICE),
+        list(counts),
+        sizes,
+    )
+    there = [(image, place) for image, count in enumerate(counts) for place in range(count)]
+    boxes = boxes if there else []
+    chosen = generator.integers(0, max(1, len(there)), len(boxes))
+    image_index, gt_index = torch.tensor(there or [(0, 0)], device=DEVICE)[chosen].unbind(1)
+    places = torch.tensor(boxes, dtype=torch.float32, device=DEVICE).view(-1, 4)
+    found = crop_packed(packed, image_index, gt_index, places, side=7, aligned=aligned)
+    for one, (before, after), bitmaps in zip(of_images, sizes, packed.bitmaps, strict=True):
+        assert torch.equal(bitmaps.cpu(), torch.as_tensor(resized(torch.from_numpy(one), before, after)))
+    expected = crop_masks(packed.bitmaps, image_index, gt_index, places, side=7, aligned=aligned)
+    assert torch.equal(found, expected)
+
+
 def test_a_half_is_a_half() -> None:
     # Three of six columns and all of six rows are set: sums of thirds would fall short of it.
     mask = torch.zeros(1, 6, 6, dtype=torch.uint8, device=DEVICE)
@@ -76,7 +113,8 @@ def test_a_box_that_is_not_finite_makes_zeros() -> None:
 
 
 @pytest.mark.slow  # a compiler starts anew
-def test_compiles_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_for_hopper(packed: bool, tmp_path: Path) -> None:
     signature = {
         "bits": "*u8",
         "layout": "*i64",
@@ -85,6 +123,6 @@ def test_compiles_for_hopper(tmp_path: Path) -> None:
         "boxes": "*fp32",
         "cells": "*fp32",
     }
-    constants = {"M": 28, "ALIGNED": False, "CELLS": 32, "SAMPLES": 8}
+    constants = {"M": 28, "ALIGNED": False, "PACKED": packed, "CELLS": 32, "SAMPLES": 8}
     signature |= dict.fromkeys(constants, "constexpr")
     compiled_ptx("model.kernels.mask_crops:average", signature, constants, tmp_path, enable_fp_fusion=True)

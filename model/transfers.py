@@ -1,9 +1,16 @@
-"""Numbers on their way from a device to the host, which goes on meanwhile."""
+"""Copies between host and device that the host does not wait for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the host there, in the order of what the device is given; a plain copy to it waits for all before."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class HostCopy:
