@@ -134,12 +134,12 @@ class Training:
             is_saved = is_last or (step + 1) % self.config.checkpoint_every == 0
             if (is_due or is_saved) and not self._settle():
                 return
+            began = time.monotonic()
             if is_last or is_due:
                 self._evaluate(step)
             if is_saved:
                 self._save(step + 1)
-            if is_due or is_saved:
-                self._last_step_ended = time.monotonic()
+            self._last_step_ended += time.monotonic() - began  # those are no part of the next step
         if self.group.rank == 0:
             self.output.finish(self.trainee.to_bytes(self.averaged))
         self.group.wait()
@@ -206,6 +206,9 @@ class Training:
                 file_names,
             )
             return False
+        if self.averaged is not self.network:
+            average(self.averaged, self.network, step=record.step, config=self.config.optimiser)
+        self.output.add(record)
         self._unreadable_steps = self._unreadable_steps + 1 if record.unreadable == record.images else 0
         if self._unreadable_steps == UNREADABLE_STEPS:
             self._stop(
@@ -215,9 +218,6 @@ class Training:
                 unreadable,
             )
             return False
-        if self.averaged is not self.network:
-            average(self.averaged, self.network, step=record.step, config=self.config.optimiser)
-        self.output.add(record)
         return True
 
     def _gradients(self) -> tuple[dict[str, Tensor], list[LoadedBatch], float]:
@@ -285,8 +285,7 @@ class Training:
         return int(state["step"])
 
     def _stop(self, what: str, next_step: str, at: int, images: list[str]) -> None:
-        """Keep the state before the step `at`, which the network may be one ahead of in its statistics only, and say
-        why."""
+        """Keep the state before the step `at`, which nothing but the network's statistics is ahead of, and say why."""
         if self._statistics:
             torch._foreach_copy_(self._statistics, self._kept[at % 2])
         named = self.group.gather(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,18 +84,26 @@ def build_optimiser(network: nn.Module, config: OptimiserConfig) -> torch.optim.
         {"params": [one for one in trained if one.dim() <= 1], "weight_decay": 0.0},
     ]
     # Fused, they leave a step out where the device has found that it should be.
+    optimiser: torch.optim.Optimizer
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    optimiser = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
-    _fill_momentum(optimiser)
+        optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    else:
+        optimiser = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+    optimiser.register_load_state_dict_pre_hook(_as_fused)
     optimiser.register_load_state_dict_post_hook(_fill_momentum)
+    _fill_momentum(optimiser)
     return optimiser
+
+
+def _as_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """That of an optimiser which may not have been."""
+    return {**state, "param_groups": [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]}
 
 
 def _fill_momentum(optimiser: torch.optim.Optimizer) -> None:
     """Zeros, which are what there is before the first step: fused SGD wants all or none of them."""
     for group in optimiser.param_groups:
-        for parameter in group["params"] if group["momentum"] > 0 else ():
+        for parameter in group["params"] if group.get("momentum", 0) > 0 else ():
             if optimiser.state[parameter].get("momentum_buffer") is None:
                 optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 

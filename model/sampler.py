@@ -43,7 +43,7 @@ def random_sampler(*, count: int, positive_fraction: float, generator: torch.Gen
         num_positives = positives.filled.sum(dim=1, keepdim=True)  # (N, 1)
         negatives = _least(keys, label == 0, count - num_positives, max_places=count)
         position, filled = (torch.cat(both, dim=1) for both in zip(positives, negatives, strict=True))
-        chosen = first_marked(filled, limit=min(count, filled.shape[1]))
+        chosen = first_marked(filled, limit=min(count, label.shape[1]))
         return Places(position.gather(1, chosen.position).where(chosen.filled, 0), chosen.filled)
 
     return sample

@@ -14,10 +14,11 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A copy of `values` that is begun at once: who waits for it does not wait for what the device is given after."""
+    """A copy of `values` as they are at that point of what the device is given, and not of the host's time: who waits
+    for it does not wait for what comes behind."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.detach().to("cpu", non_blocking=True)
+        self._values = values.detach().to("cpu", non_blocking=True, copy=True)
         self._done: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             self._done = torch.cuda.current_stream(values.device).record_event()

@@ -84,7 +84,8 @@ def roi_align(
 
 def share_gradients(features: Sequence[Tensor]) -> list[Tensor]:
     """The same maps. However often regions are pooled from all of them, their gradients are added up in one place, and
-    rounded and joined with the gradients of other uses once; by themselves each is a pass over the maps in float32."""
+    rounded and joined with those of other uses once; by themselves each is a pass over the maps in float32. What
+    is complete are those of `features`, not those of the maps returned."""
     return list(_Shared.apply(*features))
 
 

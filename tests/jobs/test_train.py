@@ -243,8 +243,13 @@ def test_sigterm_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    run = start(folder, output, "--epochs", 3, "--optimiser.learning-rate", 1e30, "--optimiser.clip-norm", 0)
+    output, weights = tmp_path / "out", tmp_path / "start.safetensors"
+    config = replace(SMALL, norm="batch")
+    network = build_network(config, Recipe())
+    initialise(network, seed=0)
+    weights.write_bytes(to_bytes(network, config, Recipe(), dict(enumerate(CATEGORIES, 1))))
+    options = ("--init", weights, "--optimiser.learning-rate", 1e30, "--optimiser.clip-norm", 0)
+    run = start(folder, output, "--epochs", 3, *options)
     assert run.wait(LIMIT_SECONDS) == 1
     assert "not finite" in said(output)
     assert "loose/00/scene_" in said(output)
@@ -254,6 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     assert f"step {kept['step'] + 1}: the losses" in said(output)
     assert f"The state of step {kept['step']} is kept" in said(output)
     assert all(value.isfinite().all() for value in kept["network"].values())
+    assert kept["network"]["body.stem.norm.num_batches_tracked"] == kept["step"]
     assert len(records(output).steps) == kept["step"]
 
 
@@ -269,6 +275,7 @@ def test_a_run_that_can_read_nothing_stops(folder: Path, tmp_path: Path) -> None
     kept = checkpoints.newest(str(output))
     assert kept is not None
     assert kept["step"] == 10
+    assert len(records(output).steps) == 10
 
 
 def test_nothing_usable_is_refused(folder: Path, tmp_path: Path) -> None:

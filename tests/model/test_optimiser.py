@@ -254,6 +254,28 @@ def test_nothing_changes_where_something_is_not_finite(
     torch.testing.assert_close(network.state_dict(), undisturbed[0].state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_the_state_of_an_optimiser_that_is_not_fused_can_be_gone_on_with(kind: Literal["sgd", "adamw"]) -> None:
+    config = OptimiserConfig(kind=kind, learning_rate=1e-3, weight_decay=0.1, freeze=("0.@3",))
+    networks = make_network(), make_network()
+    optimiser, other = (build_optimiser(network, config) for network in networks)
+    for step in range(2):
+        step_once(networks[0], optimiser, step, config)
+    state = copy.deepcopy(optimiser.state_dict())
+    for group in state["param_groups"]:
+        group |= {"fused": None, "foreach": None}
+    trained = state["param_groups"][0]["params"][1]
+    state["state"].pop(state["param_groups"][0]["params"][0], None)  # of what is frozen there was none
+    if kind == "adamw":
+        state["state"][trained]["step"] = state["state"][trained]["step"].cpu()
+    networks[1].load_state_dict(networks[0].state_dict())
+    other.load_state_dict(state)
+    for network, one in zip(networks, (optimiser, other), strict=True):
+        for step in (2, 3, 4):
+            step_once(network, one, step, config)
+    torch.testing.assert_close(networks[0].state_dict(), networks[1].state_dict(), rtol=0, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------- moving average
 
 

@@ -24,6 +24,7 @@ from model.initial_weights import initialise
 from model.losses import Divisor, LossConfig, own_count
 from model.network import Network, build_network
 from model.optimiser import OptimiserConfig, build_optimiser, take_step
+from model.packed_batch import pack
 from model.structures import ImageSize
 from model.torchvision_weights import torchvision_name
 from model.training import TrainingForward
@@ -316,10 +317,11 @@ def test_a_step_waits_for_the_device_nowhere_but_for_how_many_masks_there_are() 
     forward = forward_of(replace(SMALL, norm="frozen")).to(device).to(memory_format=torch.channels_last)
     optimiser = build_optimiser(forward, OptimiserConfig())
     truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
-    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4], device=device)
+    packed = pack(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4])
     try:
         for mode in ("default", "error"):  # the first step compiles, and fills what is kept
             torch.cuda.set_sync_debug_mode(mode)
+            batch = packed.to(device)
             with torch.autocast("cuda", torch.bfloat16):
                 losses: dict[str, Tensor] = forward(batch)
             torch.autograd.backward(torch.stack(list(losses.values())).sum())
