@@ -20,9 +20,7 @@ The start of Ray and of the model is left out on all sides; listing and planning
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -31,9 +29,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import ray
 import torch
@@ -42,8 +40,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs import bare_loop_peer, bare_training_peer, ray_data_peer, torchvision_training_peer
-from jobs.benchmark_rows import Row, take_turns
+from jobs import bare_loop_peer, bare_training_peer, ray_data_peer
+from jobs.benchmark_rows import Row
 from jobs.command import run
 from jobs.model_benchmark import ModelRow, measure_model, measure_untuned
 from jobs.model_systems import ModelBenchmark, Peer
@@ -51,14 +49,9 @@ from jobs.model_tables import model_ratios, model_table, speed_picture, stage_ta
 from jobs.pipeline_benchmark import copy_images, measure_end_to_end, measure_pipeline, random_weights
 from jobs.precision_benchmark import PrecisionRow, measure_precision, precision_ratios, precision_table
 from jobs.starting_network import ModelName
-from jobs.train import train
-from jobs.train_config import TrainConfig
-from jobs.trainee import MakeTrainee, our_trainee
-from model.optimiser import OptimiserConfig
+from jobs.training_benchmark import TUNED_TORCHVISION, BodyNorm, TrainingBenchmark, measure_training
 from pipeline import cluster
 from pipeline.errors import ConfigError
-from pipeline.scenes import write_archive
-from pipeline.training_log import History
 
 Part = Literal["model", "precision", "step", "train", "pipeline", "end_to_end"]
 
@@ -66,10 +59,6 @@ T = TypeVar("T")
 
 LOG_WIDTH = 200
 """Columns of a table that goes to a file."""
-TRAINED_IMAGES = 64
-"""Drawn scenes trained on."""
-TUNED_TORCHVISION = "torchvision, our precision, channels-last"
-"""The peer's network as we would run it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +86,7 @@ class BenchmarkConfig:
     """For the parts that train, the first three of which do not count."""
     train_model: ModelName = "R18-half-FPN"
     """For the parts that train."""
-    train_norm: Literal["keep", "frozen", "batch", "group"] = "keep"
+    train_norm: BodyNorm = "keep"
     """For the parts that train: the norm of the body, as of `maskline train`."""
     train_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """For the parts that train; by default 16 on cuda and 8 on a CPU."""
@@ -129,64 +118,6 @@ class BenchmarkConfig:
             raise ConfigError(
                 "detectron2 is not installed; leave it out of --model-peers, or put a checkout of it on PYTHONPATH"
             )
-
-
-def measure_training(config: BenchmarkConfig, work: Path) -> list[Row]:
-    """Our loop and torchvision's network in it, and the computation of both alone, turn about."""
-    annotations = write_archive(work / "scenes", num_images=TRAINED_IMAGES, num_in_tar=0, seed=0)
-    device = cluster.choose_device(config.device, None)
-    batch_size = config.train_batch or (16 if device == "cuda" else 8)
-    steps, warm = config.train_steps, bare_training_peer.WARM_STEPS
-    training = TrainConfig(
-        train_annotations=str(annotations),
-        train_images=str(annotations.parent),
-        output="",
-        model=config.train_model,
-        norm=config.train_norm,
-        cpus_per_worker=config.train_cpus,
-        batch_size=batch_size,
-        epochs=steps * batch_size / TRAINED_IMAGES,
-        device=device,
-        log_every=steps,
-        optimiser=OptimiserConfig(learning_rate=1e-6),  # next to nothing is learnt: each step has the same work
-    )
-
-    def run_loop(make_trainee: MakeTrainee, output: Path) -> float:
-        train(replace(training, output=str(output)), make_trainee)
-        history = History.from_json_lines((output / "metrics.jsonl").read_bytes())
-        return sum(record.seconds for record in history.steps[warm:])
-
-    def run_bare(make_trainee: MakeTrainee, output: Path, *, as_reference: bool = False) -> float:
-        bare = bare_training_peer.bare_seconds
-        measure = _as_worker(bare, device) if "train" in config.parts else bare
-        settings = replace(training, output=str(output), precision="fp32" if as_reference else "auto")
-        return measure(settings, make_trainee, torch.device(device), channels_last=not as_reference)
-
-    theirs = torchvision_training_peer.torchvision_trainee
-    systems: dict[tuple[str, str], Callable[[Path], float]] = {
-        ("step", "maskline"): functools.partial(run_bare, our_trainee),
-        ("step", "torchvision"): functools.partial(run_bare, theirs, as_reference=True),
-        ("step", TUNED_TORCHVISION): functools.partial(run_bare, theirs),
-        ("train", "maskline"): functools.partial(run_loop, our_trainee),
-        ("train", "torchvision"): functools.partial(run_loop, theirs),
-    }
-    asked = {key: run for key, run in systems.items() if key[0] in config.parts}
-    seconds = take_turns(asked, (work / f"train-{number}" for number in itertools.count()), config.repeats)
-    images = (steps - warm) * batch_size
-    return [Row(part=part, system=system, images=images, seconds=times) for (part, system), times in seconds.items()]
-
-
-def _as_worker(measure: Callable[..., float], device: cluster.Device) -> Callable[..., float]:
-    """In a process such as the loop's workers are, beside the same others of Ray's."""
-    environment = {"env_vars": cluster.WORKER_ENVIRONMENT}
-    options = {"num_cpus": os.cpu_count(), "num_gpus": int(device == "cuda"), "max_calls": 1}
-    remote: Any = ray.remote(**options, runtime_env=environment)(measure)
-
-    def measure_there(*given: object, **named: object) -> float:
-        seconds: float = ray.get(remote.remote(*given, **named))
-        return seconds
-
-    return measure_there
 
 
 def _ratios(rows: list[Row]) -> dict[str, float]:
@@ -231,7 +162,7 @@ def main(config: BenchmarkConfig) -> None:
                 torch.device(cluster.choose_device(config.device, None)),
             )
         if {"step", "train"} & set(config.parts):
-            rows += measure_training(config, work)
+            rows += measure_training(_training_setting(config), config.parts, work, config.repeats)
         if "pipeline" in config.parts:
             folder = copy_images(config.images, work / "many", config.num_images)
             (work / "warm").mkdir()
@@ -261,6 +192,18 @@ def _model_setting(config: BenchmarkConfig, work: Path) -> ModelBenchmark:
         repeats=config.repeats,
         peers=config.model_peers,
         min_size=config.min_size,
+    )
+
+
+def _training_setting(config: BenchmarkConfig) -> TrainingBenchmark:
+    device = cluster.choose_device(config.device, None)
+    return TrainingBenchmark(
+        model=config.train_model,
+        norm=config.train_norm,
+        batch_size=config.train_batch or (16 if device == "cuda" else 8),
+        steps=config.train_steps,
+        cpus=config.train_cpus,
+        device=device,
     )
 
 

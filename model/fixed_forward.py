@@ -1,6 +1,6 @@
 """From the network's input to detections with encoded masks in tensors of fixed shapes, none of which asks the host.
 
-What `captured.py` captures. The same as `MaskRCNN._detect`, whose shapes hang on the data.
+What `captured.py` captures. The same as `forward.py`, whose shapes hang on the data.
 """
 
 # N images, P proposals, D detections of an image, M mask side.

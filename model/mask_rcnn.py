@@ -16,26 +16,21 @@ from torch import Tensor
 
 from model import boxes as box_math
 from model import raw_detections, transform
-from model.anchors import anchors_of, cell_strides
-from model.box_head import Chosen, choose
+from model.anchors import anchors_of
 from model.captured import CapturedDetector, can_capture
 from model.config import ModelConfig
-from model.keypoints import decode_heatmaps
+from model.forward import Forward, Inputs
 from model.network import Network, Precision, ready_to_run
-from model.pooling import image_of_place, pool_regions
 from model.raw_detections import RawDetections
 from model.recipe import Recipe
-from model.rpn import Proposals, propose
+from model.rpn import Proposals
 from model.stages import AfterStage, nothing
 from model.structures import Detections, ImageSize, sizes_of
 
-# N images, P proposals and D detections of an image, M mask side, K keypoints.
+# N images, P proposals of an image.
 
 Pixels = NDArray[np.uint8]
 Boxes = NDArray[np.float32]
-
-RES5_REGIONS = 128
-"""Regions that res5 runs on at once: 2,048 × 14 × 14 values each at its widest."""
 
 
 class MaskRCNN:
@@ -72,10 +67,11 @@ class MaskRCNN:
         self.exact = exact
         self.running = ready_to_run(network, self.device, precision, exact=self.exact)
         """The copy that runs."""
-        self._cells = [cell.to(self.device) for cell in anchors_of(config, recipe)]
+        cells = [cell.to(self.device) for cell in anchors_of(config, recipe)]
+        self._forward = Forward(self.running, cells, config=config, recipe=recipe, exact=exact)
         self._captured: CapturedDetector | None = None
         if can_capture(self.running, config, recipe):
-            self._captured = CapturedDetector(self.running, self._cells, config=config, recipe=recipe)
+            self._captured = CapturedDetector(self.running, cells, config=config, recipe=recipe)
         self.after: AfterStage = nothing
         """Is told the stages of `detect` and `encode`; a GPU then replays no graphs."""
         self.num_repeated = 0
@@ -154,27 +150,9 @@ class MaskRCNN:
         resized_sizes = torch.tensor(resized, dtype=torch.float32, device=self.device)  # (N, 2)
         image_sizes = torch.tensor(sizes, dtype=torch.float32, device=self.device)  # (N, 2)
         self.after("resize and normalise")
-
-        levels = self.running.features(self._laid_out(pixels))
-        self.after("body and pyramid")
-        regions = self._propose(levels, padded, resized_sizes)
-        if regions is None:
-            regions = self._given(proposals, resized_sizes / image_sizes)
-        elif proposals is not None:
-            raise ValueError("proposals were given to a network that has an RPN; leave them out")
-        chosen = self._choose(levels, regions, resized_sizes, threshold)
-        ratios = (image_sizes / resized_sizes)[:, None]  # (N, 1, 2)
-        mask_logits = self._mask_logits(levels, chosen)
-        keypoints = self._keypoints(levels, chosen, ratios)
-        return RawDetections(
-            sizes=sizes,
-            boxes=box_math.scale(chosen.boxes, ratios).cpu(),
-            scores=chosen.scores.cpu(),
-            labels=chosen.labels.cpu(),
-            valid=chosen.valid.cpu(),
-            mask_logits=None if mask_logits is None else mask_logits.cpu(),
-            keypoints=None if keypoints is None else keypoints.cpu(),
-        )
+        given = self._given(proposals, resized_sizes / image_sizes)
+        inputs = Inputs(pixels, sizes, image_sizes, resized_sizes, given)
+        return self._forward.detect(inputs, threshold, self.after)
 
     @torch.inference_mode()
     def encode(self, raw: RawDetections, score_threshold: float = 0.0) -> list[Detections]:
@@ -191,26 +169,12 @@ class MaskRCNN:
         self.after("paste and run lengths")
         return found
 
-    def _propose(self, levels: Sequence[Tensor], padded: ImageSize, resized_sizes: Tensor) -> Proposals | None:
-        rpn = self.running.rpn
-        if rpn is None:
+    def _given(self, proposals: Sequence[Boxes] | None, ratios: Tensor) -> Proposals | None:
+        """Proposals in the images' frames, brought to that of the input, where the network has none of its own."""
+        if self.running.rpn is not None:
+            if proposals is not None:
+                raise ValueError("proposals were given to a network that has an RPN; leave them out")
             return None
-        grids = [ImageSize(*level.shape[-2:]) for level in levels]
-        outputs = [rpn(level) for level in levels]
-        self.after("RPN head")
-        proposals = propose(
-            outputs,
-            self._cells,
-            grids=grids,
-            strides=cell_strides(padded, grids, rule=self.recipe.anchor_strides),
-            image_sizes=resized_sizes,
-            recipe=self.recipe,
-        )
-        self.after("proposals")
-        return proposals
-
-    def _given(self, proposals: Sequence[Boxes] | None, ratios: Tensor) -> Proposals:
-        """Proposals in the images' frames, brought to that of the input."""
         if proposals is None or len(proposals) != len(ratios):
             raise ValueError(
                 f"this network has no RPN and needs proposals, (P, 4) for each of {len(ratios)} images, "
@@ -222,86 +186,6 @@ class MaskRCNN:
         given = [torch.from_numpy(np.asarray(boxes, dtype=np.float32)) for boxes in proposals]
         padded, valid = box_math.padded(given)  # (N, P, 4), (N, P)
         return Proposals(box_math.scale(padded.to(self.device), ratios[:, None]), valid.to(self.device))
-
-    def _choose(
-        self, levels: Sequence[Tensor], proposals: Proposals, resized_sizes: Tensor, threshold: float
-    ) -> Chosen:
-        boxes, image_index = proposals.boxes.flatten(0, 1), image_of_place(proposals.valid)  # (N P, 4), (N P,)
-        region_features = self._region_features(levels, boxes, image_index, self.config.box_resolution)
-        self.after("RoIAlign for boxes")
-        class_logits, deltas = self.running.box_head(region_features)
-        self.after("box head")
-        chosen = choose(
-            class_logits,
-            deltas,
-            proposals,
-            image_sizes=resized_sizes,
-            score_threshold=threshold,
-            recipe=self.recipe,
-        )
-        self.after("detections")
-        return chosen
-
-    def _mask_logits(self, levels: Sequence[Tensor], chosen: Chosen) -> Tensor | None:
-        """(N, D, M, M); the head sees only the places that are filled."""
-        head, side = self.running.mask_head, self.config.mask_side
-        if head is None:
-            return None
-        image_index, place = chosen.valid.nonzero(as_tuple=True)
-        boxes, labels = chosen.boxes[image_index, place], chosen.labels[image_index, place]
-        features = self._region_features(levels, boxes, image_index, self.config.mask_resolution, exact=False)
-        self.after("RoIAlign for masks")
-        mask_logits = chosen.boxes.new_zeros(*chosen.valid.shape, side, side)
-        mask_logits[image_index, place] = head(features, labels)
-        self.after("mask head")
-        return mask_logits
-
-    def _keypoints(self, levels: Sequence[Tensor], chosen: Chosen, ratios: Tensor) -> Tensor | None:
-        """(N, D, K, 3) in the images' frames."""
-        head = self.running.keypoint_head
-        if head is None:
-            return None
-        image_index, place = chosen.valid.nonzero(as_tuple=True)
-        boxes = chosen.boxes[image_index, place]  # (B, 4)
-        features = self._region_features(levels, boxes, image_index, self.config.keypoint_resolution)
-        found = decode_heatmaps(head(features).float(), boxes, score=self.recipe.keypoint_score)  # (B, K, 3)
-        found[..., :2] *= ratios[image_index].flip(-1)
-        keypoints = found.new_zeros(*chosen.valid.shape, *found.shape[1:])
-        keypoints[image_index, place] = found
-        return keypoints
-
-    def _region_features(
-        self,
-        levels: Sequence[Tensor],
-        boxes: Tensor,
-        image_index: Tensor,
-        resolution: int,
-        *,
-        exact: bool | None = None,
-    ) -> Tensor:
-        """(R, C, S, S), some regions at a time where res5 makes them wide."""
-        step = max(1, len(boxes) if self.running.res5 is None else RES5_REGIONS)
-        parts = [
-            self.running.of_regions(
-                pool_regions(
-                    levels,
-                    self.running.strides,
-                    boxes[start : start + step],
-                    image_index[start : start + step],
-                    resolution=resolution,
-                    config=self.config,
-                    recipe=self.recipe,
-                    exact=self.exact if exact is None else exact,
-                )
-            )
-            for start in range(0, max(1, len(boxes)), step)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _laid_out(self, pixels: Tensor) -> Tensor:
-        """In the dtype and memory format the body begins in."""
-        dtype = self.running.body.stem.conv.weight.dtype
-        return pixels.to(dtype, memory_format=torch.contiguous_format if self.exact else torch.channels_last)
 
     def _resized_size(self, size: ImageSize) -> ImageSize:
         config, rule = self.config, self.recipe.resize

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from model import detectron2_weights, torchvision_weights
 from model.array_pickle import load_arrays
+from model.coco_download import download
 from model.config import ModelConfig
 from model.mask_rcnn import MaskRCNN
 from model.network import Network, Precision, build_network
@@ -142,7 +142,7 @@ def to_bytes(
 def _read(source: Source, name: str | None) -> tuple[WeightsInfo, dict[str, Tensor]]:
     """The checked contents of a weight file under our names."""
     if source == "coco":
-        name, source = name or "coco", _download_coco()
+        name, source = name or "coco", download()
     if source in SHIPPED:
         name, source = name or str(source), Path(__file__).parent / "shipped" / f"{source}.safetensors"
     contents, path = _open(source)
@@ -290,30 +290,3 @@ def _check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, torch.S
             f"weights {name} do not fit, of {len(expected)} tensors: {'; '.join(faults)}; give a whole Mask, Keypoint "
             "or Faster R-CNN of torchvision or detectron2, or a file that model.save wrote"
         )
-
-
-def _download_coco() -> Path:
-    """torchvision's maskrcnn_resnet50_fpn_v2, in torch's own cache."""
-    url = _coco_url()
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    prefix = path.stem.rpartition("-")[2]  # the first digits of the sha256
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), prefix, progress=False)
-    except (URLError, OSError) as error:
-        raise ValueError(
-            f"cannot download the weights 'coco' from {url}: {error}; download that file on a machine that is online "
-            "and give its path instead"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"the weights 'coco' from {url} are not what was published: {error}; try again") from error
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(prefix):
-        raise ValueError(f"{path} is damaged: its sha256 does not begin with {prefix}; delete it and try again")
-    return path
-
-
-def _coco_url() -> str:
-    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
-
-    return str(MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_fpn
 
 import model
-from model import MaskRCNN, weights
+from model import MaskRCNN, coco_download
 from tests.model.conftest import drawn_image
 
 
@@ -178,7 +178,7 @@ def test_coco_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     contents = saved.read_bytes()
     prefix = hashlib.sha256(contents).hexdigest()[:8]
-    monkeypatch.setattr(weights, "_coco_url", lambda: f"scheme:/elsewhere/some_coco-{prefix}.pth")
+    monkeypatch.setattr(coco_download, "_url", lambda: f"scheme:/elsewhere/some_coco-{prefix}.pth")
     monkeypatch.setattr(torch.hub, "download_url_to_file", _Online(contents))
     assert model.describe("coco").name == "coco"
     monkeypatch.setattr(torch.hub, "download_url_to_file", _Offline())
