@@ -1,4 +1,4 @@
-"""Convolutions and linear layers with what follows them in one kernel: what runs at inference.
+"""Convolutions and linear layers with what follows them, or beside each other, in one kernel.
 
 Maps enter and leave, channels-last. By themselves bias, sum and ReLU each read and write the whole map again.
 """
@@ -128,6 +128,16 @@ def linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     parts = torch.split(sums, len(padded[0]), dim=1)
     total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
     return total[:, :num_outputs] + bias.float()
+
+
+def pointwise_together(convs: Sequence[nn.Conv2d], x: Tensor) -> list[Tensor]:
+    """(N, H, W, K) of each 1×1 convolution, with gradients: those of `x` are one product, and added up nowhere."""
+    sizes = [conv.out_channels for conv in convs]
+    missing = -sum(sizes) % ALIGNED
+    weight = F.pad(torch.cat([conv.weight.flatten(1) for conv in convs]), (0, 0, 0, missing))  # (ΣK, C)
+    bias = F.pad(torch.cat([conv.bias for conv in convs if conv.bias is not None]), (0, missing))
+    y = F.conv2d(x, weight[..., None, None], bias).permute(0, 2, 3, 1)  # (N, H, W, ΣK)
+    return list(torch.split(y, [*sizes, missing], dim=-1))[: len(sizes)]
 
 
 def pointwise_in_float32(convs: Sequence[nn.Conv2d], x: Tensor) -> list[Tensor]:

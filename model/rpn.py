@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from model import boxes as box_math
 from model.anchors import anchors_at
-from model.conv_norm import ConvNorm
-from model.fused_conv import pointwise_in_float32
+from model.conv_norm import ConvNorm, adds_by_kernel
+from model.fused_conv import pointwise_in_float32, pointwise_together
 from model.nms import segment_nms
 from model.recipe import Recipe
 from model.structures import ImageSize
@@ -38,9 +38,11 @@ class RPNHead(nn.Module):
         if self.fused:
             outputs = pointwise_in_float32([self.objectness, self.deltas], x)
             return outputs[0].flatten(1), outputs[1].reshape(len(x), -1, 4)
-        objectness = self.objectness(x).permute(0, 2, 3, 1).flatten(1)  # (N, H W A)
-        deltas = self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4)  # (N, H W A, 4)
-        return objectness.float(), deltas.float()
+        if adds_by_kernel(x):
+            objectness, deltas = pointwise_together([self.objectness, self.deltas], x)  # (N, H, W, A), (N, H, W, 4 A)
+        else:
+            objectness, deltas = (layer(x).permute(0, 2, 3, 1) for layer in (self.objectness, self.deltas))
+        return objectness.float().flatten(1), deltas.float().reshape(len(x), -1, 4)  # (N, H W A), (N, H W A, 4)
 
 
 class Proposals(NamedTuple):

@@ -14,6 +14,7 @@ from model.fused_conv import (
     linear_in_float32,
     onednn_conv,
     pointwise_in_float32,
+    pointwise_together,
     stem_on_cells,
 )
 
@@ -151,3 +152,19 @@ def test_products_in_bfloat16_keep_sixteen_bits_of_the_weights() -> None:
     exact = x.double() @ weight.double().t() + bias.double()
     error = (linear_in_float32(x, weight, bias) - exact).norm() / exact.norm()
     assert error < 2e-5
+
+
+def test_products_beside_each_other_are_each_by_itself_gradients_too() -> None:
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(8, count, 1).double() for count in (3, 12)]
+    x = torch.randn(2, 8, 5, 7, dtype=torch.float64).to(memory_format=CHANNELS_LAST).requires_grad_()
+    of = [x, *(one for conv in convs for one in conv.parameters())]
+    found = pointwise_together(convs, x)
+    expected = [conv(x).permute(0, 2, 3, 1) for conv in convs]
+    weights = [torch.randn_like(one) for one in expected]
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad([(y * weight).sum() for y, weight in zip(outputs, weights, strict=True)], of)
+        for outputs in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
