@@ -27,7 +27,7 @@ from model.raw_detections import MaskTexts, Pending, RawDetections
 from model.recipe import Recipe
 from model.stages import AfterStage, nothing
 from model.structures import ImageSize, sizes_of
-from model.transfers import to_device
+from model.transfers import to_device, to_host
 
 MAX_GRAPHS = 64
 """Kept, those used last; each holds its input, and all share the memory they work in."""
@@ -251,9 +251,5 @@ def _on_device(values: Any, device: torch.device) -> Tensor:
 def _to_host(found: FixedOutputs) -> FixedOutputs:
     """In pinned memory, once the stream has come so far."""
     texts = found.mask_texts
-    there = {name: _pinned_copy(values) for name, values in found._asdict().items() if name != "mask_texts"}
-    return FixedOutputs(**there, mask_texts=None if texts is None else MaskTexts(*map(_pinned_copy, texts)))
-
-
-def _pinned_copy(values: Tensor) -> Tensor:
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    there = {name: to_host(values) for name, values in found._asdict().items() if name != "mask_texts"}
+    return FixedOutputs(**there, mask_texts=None if texts is None else MaskTexts(*map(to_host, texts)))

@@ -25,6 +25,7 @@ from model.boxes import full_precision
 from model.kernels import run_kernels_on
 from model.rle import decode
 from model.structures import ImageSize, Rle
+from model.transfers import to_device
 
 Polygons = Sequence[Sequence[NDArray[np.floating[Any]]]]
 """Of each instance its parts, (V, 2) each."""
@@ -38,24 +39,32 @@ class PackedMasks:
 
     bits: Tensor
     """(B,) uint8, the first pixel the highest bit; the bitmaps (G, H, W) of each image begin with a byte."""
-    layout: Tensor
-    """(N, 5) int64: its first byte, H, W, and the height and width that the image has in the input."""
     num_bitmaps: list[int]
     """G of each image."""
     sizes: list[tuple[ImageSize, ImageSize]]
-    """The same sizes, on the host."""
+    """Of each image, its own and the one it has in the input."""
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """(N, 5) int64 on the device: the first byte of each image, and its two sizes."""
+        first_bytes = np.cumsum([0, *self._num_bytes()])
+        rows = [[first, *size, *to_size] for first, (size, to_size) in zip(first_bytes, self.sizes, strict=False)]
+        return to_device(torch.tensor(rows), self.bits.device)
 
     @cached_property
     def bitmaps(self) -> list[Tensor]:
         """(G, H, W) uint8 of each image, at the size it has in the input."""
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
-        num_pixels = [count * math.prod(size) for count, (size, _) in zip(self.num_bitmaps, self.sizes, strict=True)]
-        of_images = torch.split(self.bits, [-(-pixels // 8) for pixels in num_pixels])
+        of_images = torch.split(self.bits, self._num_bytes())
         bitmaps = []
-        for pixels, bits, (size, to_size) in zip(num_pixels, of_images, self.sizes, strict=True):
-            unpacked = ((bits[:, None] >> shifts) & 1).flatten()[:pixels]
+        for count, bits, (size, to_size) in zip(self.num_bitmaps, of_images, self.sizes, strict=True):
+            unpacked = ((bits[:, None] >> shifts) & 1).flatten()[: count * math.prod(size)]
             bitmaps.append(cast(Tensor, resized(unpacked.view(-1, *size), size, to_size)))
         return bitmaps
+
+    def _num_bytes(self) -> list[int]:
+        """Of each image."""
+        return [-(-count * math.prod(size) // 8) for count, (size, _) in zip(self.num_bitmaps, self.sizes, strict=True)]
 
 
 MaskTarget = Literal["soft", "binary", "polygon"]
@@ -83,20 +92,26 @@ def crop_of_images(
     target: MaskTarget,
 ) -> Tensor:
     """`crop` of regions that lie in the images `image_index` (R,), in rising order, each with masks of its own."""
+    regions = (image_index, gt_index, boxes)
     if isinstance(masks, PackedMasks):
         from model.kernels.mask_crops import crop_packed
 
         _check_form(masks.bits, target)
-        cells = crop_packed(masks, image_index, gt_index, boxes, side=side, aligned=target == "binary")
-        return (cells >= 0.5).float() if target == "binary" else cells
-    if run_kernels_on(boxes.device) and all(isinstance(one, Tensor) and one.device == boxes.device for one in masks):
+        cells = crop_packed(masks, *regions, side=side, aligned=target == "binary")
+    elif run_kernels_on(boxes.device) and all(isinstance(one, Tensor) and one.device == boxes.device for one in masks):
         from model.kernels.mask_crops import crop_masks
 
         for one in masks:
             _check_form(one, target)
-        bitmaps = cast(Sequence[Tensor], masks)
-        cells = crop_masks(bitmaps, image_index, gt_index, boxes, side=side, aligned=target == "binary")
-        return (cells >= 0.5).float() if target == "binary" else cells
+        cells = crop_masks(cast(Sequence[Tensor], masks), *regions, side=side, aligned=target == "binary")
+    else:
+        return _crop_one_by_one(masks, *regions, side=side, target=target)
+    return (cells >= 0.5).float() if target == "binary" else cells
+
+
+def _crop_one_by_one(
+    masks: Sequence[Masks], image_index: Tensor, gt_index: Tensor, boxes: Tensor, *, side: int, target: MaskTarget
+) -> Tensor:
     images = torch.arange(len(masks), device=boxes.device)
     num_of_image: list[int] = (image_index == images[:, None]).sum(dim=1).tolist()
     of_images = zip(masks, torch.split(gt_index, num_of_image), torch.split(boxes, num_of_image), strict=True)

@@ -45,7 +45,10 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> TrainingBatch:
         """What `collate` makes of the same, there; pixels are rounded in another order, and masks stay packed."""
-        masks = None if self.mask_bits is None else self._masks(self.mask_bits, device)
+        masks = None
+        if self.mask_bits is not None:
+            sizes = list(zip(self.frames.sizes, self.frames.to_sizes, strict=True))
+            masks = PackedMasks(to_device(self.mask_bits, device), self.num_objects, sizes)
         return replace(self.objects.to(device), pixels=self._pixels(device), masks=masks)
 
     def _pixels(self, device: torch.device) -> Tensor:
@@ -64,13 +67,6 @@ class PackedBatch:
             recipe=self.recipe,
         )
         return pixels
-
-    def _masks(self, bits: Tensor, device: torch.device) -> PackedMasks:
-        sizes = list(zip(self.frames.sizes, self.frames.to_sizes, strict=True))
-        num_pixels = [count * math.prod(size) for count, (size, _) in zip(self.num_objects, sizes, strict=True)]
-        first_bytes = np.cumsum([0, *(-(-pixels // 8) for pixels in num_pixels)])
-        layout = [[first, *size, *to_size] for first, (size, to_size) in zip(first_bytes, sizes, strict=False)]
-        return PackedMasks(to_device(bits, device), to_device(torch.tensor(layout), device), self.num_objects, sizes)
 
 
 def is_for(device: torch.device, recipe: Recipe) -> bool:

@@ -24,6 +24,7 @@ def test_the_values_are_those_of_when_it_was_begun_and_nothing_behind_them_is_wa
 @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_sent_is_what_was_there_and_the_host_goes_on(where: str) -> None:
     values = torch.arange(6.0)
+    to_device(values, torch.device(where))  # page-locked memory is made at the first time
     if where == "cuda":
         torch.cuda._sleep(2_000_000_000)  # type: ignore[no-untyped-call]  # cycles, about a second
     sent = to_device(values, torch.device(where))

@@ -76,13 +76,7 @@ def test_of_packed_masks_they_are_those_of_the_masks_resized(
     of_images = [generator.random((count, *size)) < 0.5 for count, size in zip(counts, SIZES, strict=True)]
     bits = [np.packbits(one) for one in of_images]
     sizes = [(ImageSize(*size), ImageSize(*to_size)) for size, to_size in zip(SIZES, to_sizes, strict=True)]
-    starts = np.cumsum([0, *map(len, bits)])
-    packed = PackedMasks(
-        torch.from_numpy(np.concatenate(bits)).to(DEVICE),
-        torch.tensor([[start, *a, *b] for start, (a, b) in zip(starts, sizes, strict=False)]).to(DEVICE),
-        list(counts),
-        sizes,
-    )
+    packed = PackedMasks(torch.from_numpy(np.concatenate(bits)).to(DEVICE), list(counts), sizes)
     there = [(image, place) for image, count in enumerate(counts) for place in range(count)]
     boxes = boxes if there else []
     chosen = generator.integers(0, max(1, len(there)), len(boxes))
