@@ -52,14 +52,12 @@ class BoxHead(nn.Module):
     def forward(self, region_features: Tensor) -> tuple[Tensor, Tensor]:
         x = self.convs(region_features)  # (R, C, S, S)
         for fc in self.fcs:
-            # Of features and weight the latter is the smaller one to bring into the other's order.
-            reorders = isinstance(fc, nn.Linear) and x.dim() == 4 and adds_by_kernel(x)
             if self.fused:
                 assert isinstance(fc, nn.Conv2d | nn.Linear)
                 assert fc.bias is not None
                 x = fused_linear(_cells_first(x), _cells_first(fc.weight), fc.bias)
-            elif reorders:
-                assert isinstance(fc, nn.Linear)
+            elif isinstance(fc, nn.Linear) and x.dim() == 4 and adds_by_kernel(x):
+                # The weight is the smaller one to bring into the other's order.
                 x = linear(_cells_first(x), _cells_first(fc.weight.view(-1, *x.shape[1:])), fc.bias).relu_()
             else:
                 x = x if isinstance(fc, nn.Conv2d) else x.flatten(1)
