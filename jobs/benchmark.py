@@ -49,7 +49,7 @@ from jobs.model_tables import model_ratios, model_table, speed_picture, stage_ta
 from jobs.pipeline_benchmark import copy_images, measure_end_to_end, measure_pipeline, random_weights
 from jobs.precision_benchmark import PrecisionRow, measure_precision, precision_ratios, precision_table
 from jobs.starting_network import ModelName
-from jobs.training_benchmark import TUNED_TORCHVISION, BodyNorm, TrainingBenchmark, measure_training
+from jobs.training_benchmark import TUNED_TORCHVISION, BodyNorm, TrainingBenchmark, TrainPrecision, measure_training
 from pipeline import cluster
 from pipeline.errors import ConfigError
 
@@ -88,6 +88,8 @@ class BenchmarkConfig:
     """For the parts that train."""
     train_norm: BodyNorm = "keep"
     """For the parts that train: the norm of the body, as of `maskline train`."""
+    train_precision: TrainPrecision = "auto"
+    """For the parts that train: as of `maskline train`; the plain torchvision of the steps stays in fp32."""
     train_batch: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """For the parts that train; by default 16 on cuda and 8 on a CPU."""
     train_cpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
@@ -200,6 +202,7 @@ def _training_setting(config: BenchmarkConfig) -> TrainingBenchmark:
     return TrainingBenchmark(
         model=config.train_model,
         norm=config.train_norm,
+        precision=config.train_precision,
         batch_size=config.train_batch or (16 if device == "cuda" else 8),
         steps=config.train_steps,
         cpus=config.train_cpus,

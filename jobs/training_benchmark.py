@@ -26,6 +26,8 @@ from pipeline.training_log import History
 
 BodyNorm = Literal["keep", "frozen", "batch", "group"]
 """As of `maskline train`."""
+TrainPrecision = Literal["auto", "fp32", "bf16"]
+"""As of `maskline train`."""
 
 TRAINED_IMAGES = 64
 """Drawn scenes trained on."""
@@ -39,6 +41,7 @@ class TrainingBenchmark:
 
     model: ModelName
     norm: BodyNorm
+    precision: TrainPrecision
     batch_size: int
     steps: int
     """The first three of which do not count."""
@@ -57,6 +60,7 @@ def measure_training(setting: TrainingBenchmark, parts: Sequence[str], work: Pat
         output="",
         model=setting.model,
         norm=setting.norm,
+        precision=setting.precision,
         cpus_per_worker=setting.cpus,
         batch_size=setting.batch_size,
         epochs=steps * setting.batch_size / TRAINED_IMAGES,
@@ -73,7 +77,7 @@ def measure_training(setting: TrainingBenchmark, parts: Sequence[str], work: Pat
     def run_bare(make_trainee: MakeTrainee, output: Path, *, as_reference: bool = False) -> float:
         bare = bare_training_peer.bare_seconds
         measure = _as_worker(bare, setting.device) if "train" in parts else bare
-        settings = replace(training, output=str(output), precision="fp32" if as_reference else "auto")
+        settings = replace(training, output=str(output), precision="fp32" if as_reference else setting.precision)
         return measure(settings, make_trainee, torch.device(setting.device), channels_last=not as_reference)
 
     theirs = torchvision_training_peer.torchvision_trainee

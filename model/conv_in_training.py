@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.maps import add_to_map, of_coarse
+from model.kernels.maps import add_to_map
+from model.nearest import of_coarser
 
 
 class ConvShape(NamedTuple):
@@ -91,7 +92,7 @@ class _Conv(torch.autograd.Function):
             weight_gradient,
             None,
             gradient.sum(dim=(0, 2, 3), dtype=torch.float32) if of_bias else None,
-            of_coarse(gradient, ctx.plus_size) if of_plus else None,
+            of_coarser(gradient, ctx.plus_size) if of_plus else None,
             None,
             None,
         )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.conv_norm import ConvNorm, adds_by_kernel
+from model.nearest import add_nearest
 from model.norm import Norm
 
 # N images, C pyramid channels.
@@ -36,19 +35,8 @@ class FPN(nn.Module):
             if self.fused or adds_by_kernel(top_down):
                 top_down = self.lateral[index](features[index], plus=top_down)
             else:
-                top_down = _add_nearest(self.lateral[index](features[index]), top_down)
+                top_down = add_nearest(self.lateral[index](features[index]), top_down)
             level = self.output[index](top_down)
             levels.insert(0, level.to(top_down.dtype))  # as of one, for those who pool them
         levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))  # P6 serves the RPN only
         return levels  # (N, C, H/4, W/4) to (N, C, H/64, W/64)
-
-
-def _add_nearest(lateral: Tensor, coarser: Tensor) -> Tensor:
-    """`lateral` with the nearest cell of the coarser map added to each of its own, in its dtype."""
-    num_images, channels, height, width = coarser.shape
-    if lateral.shape[-2:] == (2 * height, 2 * width):  # so of every padded input: each cell is added to four
-        cells = lateral.permute(0, 2, 3, 1)
-        cells.view(num_images, height, 2, width, 2, channels).add_(coarser.permute(0, 2, 3, 1)[:, :, None, :, None])
-        return lateral
-    with nullcontext() if lateral.is_meta else torch.autocast(lateral.device.type, enabled=False):  # it would widen
-        return lateral.add_(F.interpolate(coarser, size=lateral.shape[-2:], mode="nearest"))

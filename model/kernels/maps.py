@@ -11,7 +11,6 @@ Maps are (N, C, H, W) in channels-last memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from model.nearest import of_coarser
 
 BLOCK = 1024
 """Elements of a program."""
@@ -83,23 +84,9 @@ class _Add(torch.autograd.Function):
         of_x, of_plus, _ = ctx.needs_input_grad
         return (
             gradient if of_x else None,
-            of_coarse(gradient, ctx.plus_size).to(ctx.plus_dtype) if of_plus else None,
+            of_coarser(gradient, ctx.plus_size).to(ctx.plus_dtype) if of_plus else None,
             None,
         )
-
-
-def of_coarse(gradient: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, C, h, w) the gradient of maps of that size whose nearest cells were added, from the sum's (N, C, H, W)."""
-    num_images, channels, height, width = gradient.shape
-    coarse_height, coarse_width = size
-    if (coarse_height, coarse_width) == (height, width):
-        return gradient
-    if (2 * coarse_height, 2 * coarse_width) == (height, width):  # so of every padded input
-        cells = gradient.permute(0, 2, 3, 1).reshape(num_images, coarse_height, 2, coarse_width, 2, channels)
-        return cells.sum(dim=(2, 4)).permute(0, 3, 1, 2)
-    shape = (num_images, channels, coarse_height, coarse_width)
-    coarse: Tensor = torch.ops.aten.upsample_nearest2d_backward(gradient, (height, width), shape)
-    return coarse
 
 
 def max_pool(x: Tensor, size: tuple[int, int]) -> Tensor:

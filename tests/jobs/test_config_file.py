@@ -8,6 +8,7 @@ import pytest
 
 from jobs import command
 from jobs.config_file import as_toml, positional_names, preset_names, with_file
+from jobs.evaluate import EvaluateConfig
 from jobs.segment_config import SegmentConfig
 from jobs.train_config import TrainConfig
 from pipeline.errors import ConfigError
@@ -121,8 +122,16 @@ def test_presets_are_known_and_hold_only_options(preset: str) -> None:
     )
 
 
+def test_a_preset_of_training() -> None:
+    found: list[TrainConfig] = []
+    needed = ["--train-annotations", "a.json", "--train-images", "photos/", "--output", "o"]
+    command.run("train", TrainConfig, found.append, [*needed, "--preset", "cpu"])
+    assert (found[0].device, found[0].precision) == ("cpu", "bf16")
+    assert preset_names("train") == ["cpu"]
+
+
 def test_a_preset_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match="no preset 'fast'; it has cpu, low-memory, throughput"):
         with_file("segment", SegmentConfig, ["--preset", "fast"])
-    with pytest.raises(ConfigError, match="maskline train has no preset 'cpu'; it has none"):
-        with_file("train", TrainConfig, ["--preset=cpu"])
+    with pytest.raises(ConfigError, match="maskline evaluate has no preset 'cpu'; it has none"):
+        with_file("evaluate", EvaluateConfig, ["--preset=cpu"])
