@@ -102,16 +102,16 @@ def rpn_losses(
     delta_weights: Sequence[float],
     divisor: Divisor = own_count,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of objectness (N, B) and of deltas (N, B, 4) of the anchors (B, 4) at the `chosen` places (N, P); ground
-    truth boxes are (N, G, 4)."""
+    """Losses of objectness (N, P) and of deltas (N, P, 4) of the `chosen` (N, P) of the anchors (B, 4), which `matches`
+    are of too; ground truth boxes are (N, G, 4)."""
     position, counted = chosen  # (N, P)
     is_positive = (matches.label.gather(1, position) == POSITIVE) & counted
-    logits = full_precision(objectness.gather(1, position))
+    logits = full_precision(objectness)
     objectness_loss = F.binary_cross_entropy_with_logits(logits, is_positive.to(logits.dtype), reduction="none")
     regressed = is_positive[..., None]  # (N, P, 1)
     gt_boxes = take(gt_boxes, matches.gt_index.gather(1, position))  # (N, P, 4)
     targets = _delta_targets(anchors[position], gt_boxes, regressed, delta_weights)  # (N, P, 4)
-    box_loss = smooth_l1(deltas.gather(1, position[..., None].expand(-1, -1, 4)), targets, config.rpn_beta)
+    box_loss = smooth_l1(deltas, targets, config.rpn_beta)
     fixed = config.rpn_normaliser == "fixed"
     num_samples = divisor(_number(config.rpn_samples * len(position), position.device) if fixed else counted.sum())
     return _sum(objectness_loss, counted) / num_samples, _sum(box_loss, regressed) / num_samples

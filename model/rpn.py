@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import boxes as box_math
@@ -18,8 +19,9 @@ from model.fused_conv import pointwise_in_float32, pointwise_together
 from model.nms import segment_nms
 from model.recipe import Recipe
 from model.structures import ImageSize
+from model.transfers import to_device
 
-# N images, L levels of H × W cells, A anchors in a cell, P proposals of an image.
+# N images, L levels of H × W cells and C channels, A anchors in a cell, P proposals of an image, S of its anchors.
 
 
 class RPNHead(nn.Module):
@@ -43,6 +45,52 @@ class RPNHead(nn.Module):
         else:
             objectness, deltas = (layer(x).permute(0, 2, 3, 1) for layer in (self.objectness, self.deltas))
         return objectness.float().flatten(1), deltas.float().reshape(len(x), -1, 4)  # (N, H W A), (N, H W A, 4)
+
+    def of_anchors(self, levels: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, (N, S) and (N, S, 4), of some anchors of each image, `index` (N, S) over all levels, computed from
+        the cells around them.
+
+        Training learns of a few hundred anchors of an image's 268,000: the gradients of the others are zeros, which
+        those of `forward` would be computed with all the same.
+        """
+        anchors_per_cell = self.objectness.out_channels
+        kind = index.remainder(anchors_per_cell).flatten()[:, None]  # (N S, 1)
+        x, inside = _around(levels, index.div(anchors_per_cell, rounding_mode="floor"), reach=len(self.convs))
+        for part in self.convs:
+            assert isinstance(part, ConvNorm)
+            windows = x.unfold(1, 3, 1).unfold(2, 3, 1)  # (N S, K - 2, K - 2, C, 3, 3)
+            x = F.linear(windows.flatten(3), part.conv.weight.flatten(1), part.conv.bias).relu_()
+            inside = inside[:, 1:-1, 1:-1]
+            x = x.where(inside[..., None], 0)  # as padding has it
+        outputs = [
+            F.linear(x.flatten(1), layer.weight.flatten(1), layer.bias).float()
+            for layer in (self.objectness, self.deltas)
+        ]  # (N S, A), (N S, 4 A)
+        objectness = outputs[0].gather(1, kind)  # (N S, 1)
+        deltas = outputs[1].view(len(kind), -1, 4).gather(1, kind[..., None].expand(-1, 1, 4))  # (N S, 1, 4)
+        return objectness.view(index.shape), deltas.view(*index.shape, 4)
+
+
+def _around(levels: Sequence[Tensor], cell: Tensor, *, reach: int) -> tuple[Tensor, Tensor]:
+    """(N S, K, K, C) the cells of `levels` (N, C, H, W) that are at most `reach` = (K - 1) / 2 from each `cell` (N, S),
+    which counts over all levels, and (N S, K, K) whether they are on its map; zeros where they are not."""
+    num_images = len(cell)
+    layout, first = [], 0
+    for height, width in (level.shape[2:] for level in levels):
+        layout.append([first, height, width])
+        first += height * width
+    of_levels = to_device(torch.tensor(layout), cell.device)  # (L, 3)
+    level_index = (cell[..., None] >= of_levels[1:, 0]).sum(dim=-1)  # (N, S)
+    first_cell, heights, widths = of_levels[level_index][..., None, None].unbind(2)  # (N, S, 1, 1) each
+    own = cell[..., None, None] - first_cell
+    offset = torch.arange(-reach, reach + 1, device=cell.device)
+    y, x = own.div(widths, rounding_mode="floor") + offset[:, None], own.remainder(widths) + offset
+    inside = (y >= 0) & (y < heights) & (x >= 0) & (x < widths)  # (N, S, K, K)
+    y, x = (torch.minimum(place.clamp(min=0), size - 1) for place, size in ((y, heights), (x, widths)))
+    image = torch.arange(num_images, device=cell.device)[:, None, None, None]
+    row = num_images * first_cell + (image * heights + y) * widths + x
+    table = torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in levels])  # (Σ N H W, C)
+    return table[row].where(inside[..., None], 0).flatten(0, 1), inside.flatten(0, 1)
 
 
 class Proposals(NamedTuple):

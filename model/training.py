@@ -36,7 +36,7 @@ from model.matcher import NEITHER, Matches, ignore_crowd, match, take
 from model.network import Network
 from model.pooling import image_of_place, pool_regions, to_be_pooled
 from model.recipe import Recipe
-from model.rpn import Proposals, propose
+from model.rpn import Proposals, RPNHead, propose
 from model.sampler import Sampler, random_sampler
 from model.structures import ImageSize
 from model.transfers import HostCopy
@@ -102,20 +102,11 @@ class TrainingForward(nn.Module):
         """The losses by name, each a scalar; their sum is what is minimised."""
         levels = to_be_pooled(self.network.features(batch.pixels), self.network.strides)
         losses: dict[str, Tensor] = {}
-        outputs: list[tuple[Tensor, Tensor]] = []
-        if self.network.rpn is None:
-            assert batch.proposals is not None
-            assert batch.proposals_valid is not None
-            proposals = Proposals(batch.proposals, batch.proposals_valid)
-        else:
-            outputs = [self.network.rpn(level) for level in levels]
-            grids = [ImageSize(*level.shape[-2:]) for level in levels]
-            strides = cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
-            proposals = self._propose(outputs, grids, strides, batch)
+        proposals = self._propose(levels, batch)
         regions = self._sample(proposals, batch)
         num_positives = HostCopy((regions.labels > 0).sum())
-        if outputs:
-            losses["rpn_objectness"], losses["rpn_box"] = self._rpn_losses(outputs, grids, strides, batch)
+        if self.network.rpn is not None:
+            losses["rpn_objectness"], losses["rpn_box"] = self._rpn_losses(self.network.rpn, levels, batch)
         features = self._features(levels, regions, self.config.box_resolution)
         class_logits, deltas = self.network.box_head(features)
         gt_boxes = batch.gt_boxes[regions.image_index, regions.gt_index] if batch.gt_boxes.shape[1] else regions.boxes
@@ -141,18 +132,15 @@ class TrainingForward(nn.Module):
         return losses
 
     @torch.no_grad()
-    def _propose(
-        self,
-        outputs: Sequence[tuple[Tensor, Tensor]],
-        grids: Sequence[ImageSize],
-        strides: Sequence[ImageSize],
-        batch: TrainingBatch,
-    ) -> Proposals:
+    def _propose(self, levels: Sequence[Tensor], batch: TrainingBatch) -> Proposals:
         """To train the heads on."""
-        device = batch.pixels.device
-        self._cells = [cell.to(device) for cell in self._cells]
-        return _propose_on(device)(
-            outputs,
+        if self.network.rpn is None:
+            assert batch.proposals is not None
+            assert batch.proposals_valid is not None
+            return Proposals(batch.proposals, batch.proposals_valid)
+        grids, strides = self._grids(levels, batch)
+        return _propose_on(batch.pixels.device)(
+            [self.network.rpn(level) for level in levels],
             self._cells,
             grids=grids,
             strides=strides,
@@ -160,14 +148,9 @@ class TrainingForward(nn.Module):
             recipe=self._proposing,
         )
 
-    def _rpn_losses(
-        self,
-        outputs: Sequence[tuple[Tensor, Tensor]],
-        grids: Sequence[ImageSize],
-        strides: Sequence[ImageSize],
-        batch: TrainingBatch,
-    ) -> tuple[Tensor, Tensor]:
+    def _rpn_losses(self, rpn: RPNHead, levels: Sequence[Tensor], batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         device = batch.pixels.device
+        grids, strides = self._grids(levels, batch)
         anchors = torch.cat(
             [
                 anchors_at(
@@ -179,17 +162,23 @@ class TrainingForward(nn.Module):
         config = self.losses
         thresholds = (config.rpn_positive_iou, config.rpn_negative_iou)
         matches = self._match(anchors, batch, thresholds, allow_low_quality=True)
+        chosen = self.rpn_sampler(matches.label, batch.seeds)
         return rpn_losses(
-            torch.cat([objectness for objectness, _ in outputs], dim=1),
-            torch.cat([deltas for _, deltas in outputs], dim=1),
+            *rpn.of_anchors(levels, chosen.position),
             anchors,
             matches,
-            self.rpn_sampler(matches.label, batch.seeds),
+            chosen,
             batch.gt_boxes,
             config=config,
             delta_weights=self.recipe.rpn_delta_weights,
             divisor=self.divisor,
         )
+
+    def _grids(self, levels: Sequence[Tensor], batch: TrainingBatch) -> tuple[list[ImageSize], list[ImageSize]]:
+        """Cells of each level and pixels between them, whose anchors are now on the batch's device."""
+        self._cells = [cell.to(batch.pixels.device) for cell in self._cells]
+        grids = [ImageSize(*level.shape[-2:]) for level in levels]
+        return grids, cell_strides(ImageSize(*batch.pixels.shape[-2:]), grids, rule=self.recipe.anchor_strides)
 
     def _match(
         self, boxes: Tensor, batch: TrainingBatch, thresholds: tuple[float, float], *, allow_low_quality: bool

@@ -66,7 +66,10 @@ def random_box_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 def rpn_losses_at(
     case: tuple[Tensor, Tensor, Tensor, Matches, Places, Tensor], config: LossConfig = CONFIG
 ) -> tuple[Tensor, Tensor]:
-    return rpn_losses(*case, config=config, delta_weights=RPN_WEIGHTS)
+    """Of outputs for all anchors."""
+    objectness, deltas, anchors, matches, chosen, gt_boxes = case
+    outputs = objectness.gather(1, chosen.position), take(deltas, chosen.position)
+    return rpn_losses(*outputs, anchors, matches, chosen, gt_boxes, config=config, delta_weights=RPN_WEIGHTS)
 
 
 def box_losses_at(case: tuple[Tensor, ...], config: LossConfig = CONFIG) -> tuple[Tensor, Tensor]:

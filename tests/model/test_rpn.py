@@ -3,7 +3,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.anchors import cell_strides
@@ -109,3 +112,72 @@ def test_logits_tell_apart_what_probabilities_cannot() -> None:
     by_logit = _propose(levels, recipe=replace(Recipe(), rpn_ranking="logit"))
     assert by_probability.boxes[0, :2, 0].tolist() == [0.0, 24.0]
     assert by_logit.boxes[0, :2, 0].tolist() == [24.0, 0.0]
+
+
+def test_one_anchor_by_hand() -> None:
+    # A map of 2 × 2 and one of a single cell, two anchors in a cell. The convolution adds up what is around a cell, the
+    # objectness of the second anchor is twice that, its deltas are 0, 1, 2 and 3 times it.
+    head = RPNHead(in_channels=1, anchors_per_cell=2, num_convs=1)
+    for parameter in head.parameters():
+        torch.nn.init.zeros_(parameter)
+    for name, parameter in head.convs.named_parameters():
+        parameter.data.fill_(float(name.endswith("weight")))
+    head.objectness.weight.data[1] = 2
+    head.deltas.weight.data[4:, 0, 0, 0] = torch.arange(4.0)
+    levels = [torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]]), torch.tensor([[[[16.0]]]])]
+    objectness, deltas = head.of_anchors(levels, torch.tensor([[7, 9, 8]]))  # cells 3, 4 and 4
+    assert objectness.tolist() == [[30.0, 32.0, 0.0]]
+    assert deltas.tolist() == [[[0.0, 15.0, 30.0, 45.0], [0.0, 16.0, 32.0, 48.0], [0.0] * 4]]
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    grids=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
+    num_images=st.integers(1, 2),
+    num_convs=st.integers(1, 3),
+    count=st.integers(1, 12),
+    memory_format=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_some_anchors_are_as_among_all(
+    seed: int,
+    grids: list[tuple[int, int]],
+    num_images: int,
+    num_convs: int,
+    count: int,
+    memory_format: torch.memory_format,
+) -> None:
+    torch.manual_seed(seed)
+    head = RPNHead(in_channels=4, anchors_per_cell=3, num_convs=num_convs).double()
+    levels = [
+        torch.randn(num_images, 4, *grid, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        for grid in grids
+    ]
+    index = torch.randint(3 * sum(height * width for height, width in grids), (num_images, count))  # some of them twice
+    outputs = [head(level) for level in levels]
+    expected = (
+        torch.cat([objectness for objectness, _ in outputs], dim=1).gather(1, index),
+        torch.cat([deltas for _, deltas in outputs], dim=1).gather(1, index[..., None].expand(-1, -1, 4)),
+    )
+    found = head.of_anchors(levels, index)
+    weights = [torch.randn(values.shape) for values in expected]
+    leaves = [*levels, *head.parameters()]
+    gradients = []
+    for outcome in (found, expected):
+        gradients.append(torch.autograd.grad(outcome, leaves, weights))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchors_per_cell", [1, 3])
+def test_of_maps_in_half_precision_they_are_near_those_among_all(anchors_per_cell: int) -> None:
+    torch.manual_seed(0)
+    head = RPNHead(in_channels=16, anchors_per_cell=anchors_per_cell, num_convs=1)
+    levels = [torch.randn(2, 16, *grid).to(torch.bfloat16) for grid in ((8, 6), (4, 3))]
+    index = torch.randint(60 * anchors_per_cell, (2, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        objectness, deltas = head.of_anchors(levels, index)
+        outputs = [head(level) for level in levels]
+    assert objectness.dtype == deltas.dtype == torch.float32
+    expected = torch.cat([one for one, _ in outputs], dim=1).gather(1, index)
+    torch.testing.assert_close(objectness, expected, rtol=0.02, atol=0.01)
