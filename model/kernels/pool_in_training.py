@@ -140,7 +140,8 @@ def place(height, width, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):  # type: 
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     first_cell = first // CHANNELS
-    element = (first % CHANNELS).to(tl.int32) + lane
+    # That a program begins with a cell the compiler would not see, and load each channel by itself.
+    element = lane if BLOCK % CHANNELS == 0 else (first % CHANNELS).to(tl.int32) + lane
     cell = (first_cell % width).to(tl.int32) + element // CHANNELS
     rows = first_cell // width
     first_row = (rows % height).to(tl.int32)
