@@ -95,7 +95,8 @@ class Training:
         """Before the steps that are even and odd."""
         self._unreadable_steps = 0
         forward = self.trainee.forward
-        self.forward = DistributedDataParallel(forward) if self.group.size > 1 else forward
+        # Statistics are taken from the first worker where they are used; frozen norms keep what they made of theirs.
+        self.forward = DistributedDataParallel(forward, broadcast_buffers=False) if self.group.size > 1 else forward
         self.images = TrainingImages(task.train, loading_of(task, start, self.device))
         self.batches = load_ahead(
             self.images,

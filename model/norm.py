@@ -61,6 +61,6 @@ def statistics(norm: nn.Module) -> list[Tensor]:
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """What batch norms learn while they run, which no optimiser changes."""
+    """What batch norms learn while they run, which no optimiser changes; torch's counts of batches nothing uses."""
     norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    return [buffer for norm in norms for buffer in norm.buffers()]
+    return [buffer for norm in norms for buffer in norm.buffers() if buffer.is_floating_point()]

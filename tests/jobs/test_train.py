@@ -259,7 +259,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     assert f"step {kept['step'] + 1}: the losses" in said(output)
     assert f"The state of step {kept['step']} is kept" in said(output)
     assert all(value.isfinite().all() for value in kept["network"].values())
-    assert kept["network"]["body.stem.norm.num_batches_tracked"] == kept["step"]
+    # those of the weights that this step began with, times the rate, would be 1e25 and more
+    assert kept["network"]["body.stem.norm.running_mean"].abs().max() < 100
     assert len(records(output).steps) == kept["step"]
 
 
