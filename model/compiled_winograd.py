@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from model.winograd import is_plain, transforms
 
 TILE = 5
+POINTS = (TILE + 2) ** 2
+"""Of a tile."""
 GROUP, LANES = 32, 16
 """Outputs must be a multiple of the first, channels of the second."""
 LARGEST_NORM = 46_000
@@ -78,23 +80,28 @@ class CompiledWinograd:
     Its maps are of `dtype`: float32 or, by integers alone, bfloat16.
     """
 
-    def __init__(self, conv: nn.Conv2d, *, in_integers: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, in_integers: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.dtype = dtype
         of_inputs, of_kernel, of_outputs = transforms(TILE)
         self._before, self._after = of_inputs.float().contiguous(), of_outputs.float().contiguous()
-        num_outputs, channels = conv.weight.shape[:2]
-        kernels = conv.weight.detach().float().permute(2, 3, 0, 1).reshape(9, -1)  # (3 3, K C)
-        at_points = (torch.kron(of_kernel, of_kernel).float() @ kernels).view(-1, num_outputs, channels)  # (P, K, C)
-        self._scale: Tensor | None = None
+        num_outputs, channels = weight.shape[:2]
         pair = 2 if in_integers else 1
+        kernels = weight.detach().float().reshape(num_outputs // GROUP, GROUP, channels // pair, pair, 9)
+        kernels = kernels.permute(0, 4, 2, 1, 3).flatten(2)  # (K / GROUP, 3 3, C GROUP), channels in pairs
+        at_points = torch.kron(of_kernel, of_kernel).float() @ kernels  # (K / GROUP, P, C GROUP)
+        at_points = at_points.view(*at_points.shape[:2], channels // pair, GROUP * pair)
+        self._scale: Tensor | None = None
         if in_integers:
-            largest = at_points.abs().amax(dim=2) / torch.iinfo(torch.int16).max
-            self._scale = torch.maximum(at_points.norm(dim=2) / LARGEST_NORM, largest).contiguous()  # (P, K)
-            smallest = torch.finfo(torch.float32).tiny
-            at_points = (at_points / self._scale.clamp(min=smallest)[..., None]).round_().short()
-        groups = at_points.view(len(at_points), num_outputs // GROUP, GROUP, channels // pair, pair)
-        self._weight = groups.permute(1, 0, 3, 2, 4).contiguous()  # (K / GROUP, P, C, GROUP), channels in pairs
-        self._bias = torch.zeros(num_outputs) if conv.bias is None else conv.bias.detach().float()
+            largest = at_points.abs().amax(dim=2).view(-1, POINTS, GROUP, pair).amax(dim=3)  # (K / GROUP, P, GROUP)
+            norm = at_points.square().sum(dim=2).view(*largest.shape, pair).sum(dim=3).sqrt()
+            scale = torch.maximum(norm / LARGEST_NORM, largest / torch.iinfo(torch.int16).max)
+            self._scale = scale.transpose(0, 1).contiguous()  # (P, K)
+            units = scale.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(pair, dim=2)
+            at_points = at_points.div_(units[:, :, None]).round_().short()
+        self._weight = at_points.view(*at_points.shape[:3], GROUP, pair)
+        self._bias = torch.zeros(num_outputs) if bias is None else bias.detach().float()
 
     def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:
         """``relu(conv(x) + plus)``, (N, K, H, W) channels-last; the ReLU and the sum where asked for."""
@@ -102,7 +109,8 @@ class CompiledWinograd:
         assert channels == self._weight.shape[2] * self._weight.shape[4]
         assert plus is None or plus.shape == (num_images, len(self._bias), height, width)
         x, plus = _cells(x), None if plus is None else _cells(plus)
-        y = torch.empty(num_images, height, width, len(self._bias), dtype=self.dtype)
+        shape = (num_images, len(self._bias), height, width)
+        y = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last)
         convolution = _Convolution(
             x=x.data_ptr(),
             y=y.data_ptr(),
@@ -127,7 +135,7 @@ class CompiledWinograd:
         assert isinstance(library, ctypes.CDLL)
         if library.convolve(ctypes.byref(convolution)):
             raise MemoryError(f"no memory to convolve maps {(num_images, channels, height, width)}")
-        return y.permute(0, 3, 1, 2)
+        return y
 
 
 def _cells(maps: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import winograd_in_training
 from model.compiled_winograd import CompiledWinograd
 from model.fused_conv import stem_on_cells
 from model.kernels import run_kernels_on
@@ -57,6 +58,8 @@ class ConvNorm(nn.Module):
         """What runs it as one operation, which wants channels-last, no norm and no gradients."""
         self.winograd: Winograd | CompiledWinograd | None = None
         """What convolves on a CPU where that is the faster form."""
+        self.trains_by_winograd = False
+        """Whether it may be convolved so on a CPU, with gradients, though its roundings are not the plain sum's."""
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """`plus` is added before the ReLU, and may be overwritten: the shortcut of a block."""
@@ -72,7 +75,11 @@ class ConvNorm(nn.Module):
         if isinstance(norm, FrozenNorm) and in_half:  # nothing of it is trained, so it goes into the weights
             scale, bias = norm.scale_and_shift()
             weight, norm = weight * scale[:, None, None, None], None
-        x = F.conv2d(x, weight, bias, *_shape(self.conv))
+        dtype = torch.get_autocast_dtype(x.device.type) if in_half else x.dtype
+        if self.trains_by_winograd and winograd_in_training.pays(self.conv, x, dtype):
+            x = winograd_in_training.convolve(x.to(dtype), weight, bias)
+        else:
+            x = F.conv2d(x, weight, bias, *_shape(self.conv))
         x = x if norm is None else norm(x)
         if plus is not None:
             x = x.add_(plus)

@@ -206,7 +206,7 @@ def _fuse_on_cpu(network: Network, precision: Precision) -> None:
             part.fused = onednn_conv if can_fuse_on_cpu(part.conv.weight.dtype) else None
             if part in in_integers:
                 dtype = torch.float32 if part in not_rounded else torch.bfloat16
-                part.winograd = CompiledWinograd(part.conv, in_integers=True, dtype=dtype)
+                part.winograd = CompiledWinograd(part.conv.weight, part.conv.bias, in_integers=True, dtype=dtype)
             elif part.conv.weight.dtype == torch.float32:
                 part.winograd = _in_float32(part.conv, of_boxes=part in on_boxes)
         elif isinstance(part, RPNHead):
@@ -218,7 +218,7 @@ def _fuse_on_cpu(network: Network, precision: Precision) -> None:
 def _in_float32(conv: nn.Conv2d, *, of_boxes: bool) -> CompiledWinograd | Winograd | None:
     """The fastest form that there is here: maps of 7×7 are one tile of the one, and four of the other."""
     if can_compute(conv, in_integers=False) and not (of_boxes and can_transform(conv)):
-        return CompiledWinograd(conv, in_integers=False)
+        return CompiledWinograd(conv.weight, conv.bias, in_integers=False)
     return Winograd(conv) if can_transform(conv) else None
 
 

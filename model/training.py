@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.anchors import anchors_at, anchors_of, cell_strides
 from model.boxes import first_marked
 from model.config import ModelConfig
+from model.conv_norm import ConvNorm
 from model.fixed_shapes import propose_fixed
 from model.ground_truth import TrainingBatch
 from model.kernels import run_kernels_on
@@ -79,8 +80,8 @@ class TrainingForward(nn.Module):
         exact: bool = False,
     ) -> None:
         """Samplers are random unless given. With a `divisor` that gives the mean of all workers' counts, the mean of
-        their losses is the loss of all their images together. `exact` pools regions by torchvision's operator, which on
-        a CPU takes several times as long."""
+        their losses is the loss of all their images together. `exact` keeps torchvision's order of sums in RoIAlign and
+        in convolutions, which takes longer on a CPU."""
         super().__init__()
         self.network = network
         self.config = config
@@ -94,6 +95,9 @@ class TrainingForward(nn.Module):
         )
         self.divisor = divisor
         self.exact = exact
+        for part in network.modules():
+            if isinstance(part, ConvNorm):
+                part.trains_by_winograd = not exact
         self._proposing = replace(recipe, rpn_pre_nms=losses.rpn_pre_nms, rpn_post_nms=losses.rpn_post_nms)
         self._cells = anchors_of(config, recipe)
         """On the device of the batch before."""

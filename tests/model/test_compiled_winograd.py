@@ -31,6 +31,10 @@ MAPS = {
 }
 
 
+def compiled(conv: nn.Conv2d, *, in_integers: bool) -> CompiledWinograd:
+    return CompiledWinograd(conv.weight, conv.bias, in_integers=in_integers)
+
+
 def _by_slow_loop(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """The definition, tile by tile, exact but for the integers; no sum of them may leave 32 bits."""
     of_inputs, of_kernel, of_outputs = transforms(TILE)
@@ -76,7 +80,7 @@ def test_it_is_the_slow_loop(
     if conv.bias is not None:
         conv.bias.mul_(scale)
     x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
-    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
+    found = compiled(conv, in_integers=True)(x, None, relu=False)
     assert found.is_contiguous(memory_format=torch.channels_last)
     expected = _by_slow_loop(x, conv)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-3 * scale)
@@ -97,7 +101,7 @@ def test_in_float32_it_is_the_plain_sum(
     torch.manual_seed(0)
     conv = conv_3x3(channels, outputs)
     x = (torch.randn(num_images, channels, height, width) * scale).to(torch.bfloat16 if bf16 else torch.float32)
-    found = CompiledWinograd(conv, in_integers=False)(x, None, relu=False)
+    found = compiled(conv, in_integers=False)(x, None, relu=False)
     torch.testing.assert_close(found.double(), convolve(x, conv), rtol=1e-6, atol=3e-5 * scale)
 
 
@@ -108,10 +112,13 @@ def test_in_float32_it_is_the_plain_sum(
 def test_the_sum_and_the_relu_come_before_the_one_rounding(out: torch.dtype, plus_in: torch.dtype) -> None:
     torch.manual_seed(0)
     conv, x, plus = conv_3x3(64, 64), torch.randn(2, 64, 23, 18), torch.randn(2, 64, 23, 18).to(plus_in)
-    bare = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
-    found = CompiledWinograd(conv, in_integers=True, dtype=out)(x, plus, relu=True)
+    bare = compiled(conv, in_integers=True)(x, None, relu=False)
+    found = CompiledWinograd(conv.weight, conv.bias, in_integers=True, dtype=out)(x, plus, relu=True)
     assert torch.equal(found, (bare + plus).relu().to(out))
-    assert torch.equal(CompiledWinograd(conv, in_integers=True, dtype=out)(x, plus, relu=False), (bare + plus).to(out))
+    assert torch.equal(
+        CompiledWinograd(conv.weight, conv.bias, in_integers=True, dtype=out)(x, plus, relu=False),
+        (bare + plus).to(out),
+    )
 
 
 @needs_compiled
@@ -127,11 +134,11 @@ def test_it_rounds_less_than_bfloat16() -> None:
 
     by_bfloat16 = error_of(F.conv2d(x, conv.weight.bfloat16(), padding=1))
     rounded, precise = (
-        error_of(CompiledWinograd(conv, in_integers=True, dtype=dtype)(x, None, relu=False))
+        error_of(CompiledWinograd(conv.weight, conv.bias, in_integers=True, dtype=dtype)(x, None, relu=False))
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert 1.3e-3 < precise < 1.5e-3 < rounded < 2.2e-3 < by_bfloat16 < 2.5e-3
-    assert 2e-6 < error_of(CompiledWinograd(conv, in_integers=False)(x, None, relu=False)) < 4e-6
+    assert 2e-6 < error_of(compiled(conv, in_integers=False)(x, None, relu=False)) < 4e-6
 
 
 @needs_compiled
@@ -144,7 +151,7 @@ def test_no_sum_overflows_where_inputs_and_kernel_are_one_vector(channels: int) 
     conv.weight[:] = vector[None, :, None, None]
     x = vector.view(1, -1, 1, 1).expand(1, channels, 12, 11)
     expected = convolve(x, conv)
-    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
+    found = compiled(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.max()))
 
 
@@ -154,7 +161,7 @@ def test_one_channel_alone_fits_sixteen_bits() -> None:
     conv, x = conv_3x3(64, 64, bias=False), torch.zeros(1, 64, 10, 10)
     x[:, 5] = 1e6
     expected = convolve(x, conv)
-    found = CompiledWinograd(conv, in_integers=True)(x, None, relu=False)
+    found = compiled(conv, in_integers=True)(x, None, relu=False)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
 
@@ -164,7 +171,7 @@ def test_one_channel_alone_fits_sixteen_bits() -> None:
 def test_an_image_is_computed_the_same_whatever_is_beside_it(in_integers: bool) -> None:
     """To the bit: in any batch, by any number of threads."""
     torch.manual_seed(0)
-    layer, x = CompiledWinograd(conv_3x3(32, 64), in_integers=in_integers), torch.randn(40, 32, 14, 14)
+    layer, x = compiled(conv_3x3(32, 64), in_integers=in_integers), torch.randn(40, 32, 14, 14)
     together = layer(x, None, relu=True)
     alone = torch.cat([layer(one[None], None, relu=True) for one in x])
     assert torch.equal(together, alone)
@@ -186,7 +193,7 @@ def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(
     in_integers: bool, value: float, row: int, column: int
 ) -> None:
     torch.manual_seed(0)
-    layer, x = CompiledWinograd(conv_3x3(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
+    layer, x = compiled(conv_3x3(16, 64), in_integers=in_integers), torch.randn(1, 16, 20, 20)
     clean = layer(x, None, relu=False)
     x[0, 3, row, column] = value
     found = layer(x, None, relu=False)[0]
@@ -202,12 +209,12 @@ def test_what_is_not_finite_is_seen_in_its_tiles_and_nowhere_else(
 @torch.inference_mode()
 def test_nothing_and_next_to_nothing_are_zero() -> None:
     conv = conv_3x3(16, 64, bias=False)
-    layer = CompiledWinograd(conv, in_integers=True)
+    layer = CompiledWinograd(conv.weight, conv.bias, in_integers=True)
     assert not layer(torch.zeros(1, 16, 9, 9), None, relu=False).any()
     assert not layer(torch.full((1, 16, 9, 9), 1e-42), None, relu=False).any()
     assert layer(torch.zeros(0, 16, 9, 9), None, relu=False).shape == (0, 64, 9, 9)
     conv.weight.zero_()
-    assert not CompiledWinograd(conv, in_integers=True)(torch.ones(1, 16, 9, 9), None, relu=False).any()
+    assert not compiled(conv, in_integers=True)(torch.ones(1, 16, 9, 9), None, relu=False).any()
 
 
 @needs_compiled
@@ -263,7 +270,8 @@ def test_short_memory_is_said() -> None:
 import resource, torch
 from torch import nn
 from model.compiled_winograd import CompiledWinograd
-layer = CompiledWinograd(nn.Conv2d(16384, 32, 3, padding=1), in_integers=True)
+conv = nn.Conv2d(16384, 32, 3, padding=1)
+layer = CompiledWinograd(conv.weight, conv.bias, in_integers=True)
 few, many = (torch.zeros(n, 8, 8, 16384).permute(0, 3, 1, 2) for n in (1, 20))
 layer(few, None, relu=False)  # whose threads have begun
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -283,7 +291,7 @@ def test_a_layer_that_has_it_is_the_layer(in_integers: bool, atol: float) -> Non
     layer = ConvNorm(16, 64, kernel_size=3)
     x, plus = torch.randn(1, 16, 44, 52), torch.randn(1, 64, 44, 52)
     expected, with_sum = layer(x), layer(x, plus)
-    layer.winograd = CompiledWinograd(layer.conv, in_integers=in_integers)
+    layer.winograd = CompiledWinograd(layer.conv.weight, layer.conv.bias, in_integers=in_integers)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=atol)
     torch.testing.assert_close(layer(x, plus), with_sum, rtol=0, atol=atol)
     assert not torch.equal(layer(x), expected)  # by the other way, then

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 
 import model
 from jobs.torchvision_peer import torchvision_network
-from model import R18_FPN, R50_C4, ModelConfig, Recipe, conv_norm, mask_targets, matcher, pooling, roi_align, training
+from model import (
+    R18_FPN,
+    R50_C4,
+    ModelConfig,
+    Recipe,
+    conv_norm,
+    mask_targets,
+    matcher,
+    pooling,
+    roi_align,
+    training,
+    winograd_in_training,
+)
 from model.boxes import Places, first_marked
 from model.ground_truth import GroundTruth, collate
 from model.initial_weights import initialise
@@ -28,7 +40,7 @@ from model.packed_batch import pack
 from model.structures import ImageSize
 from model.torchvision_weights import torchvision_name
 from model.training import TrainingForward
-from tests.model.conftest import coco_paths, drawn_image, read_image
+from tests.model.conftest import coco_paths, drawn_image, needs_compiled, read_image
 
 MIN_SIZE, MAX_SIZE = 160, 256
 
@@ -86,8 +98,10 @@ def objects(image: NDArray[np.uint8], *, seed: int, count: int = 6, num_classes:
 
 
 @pytest.mark.parametrize(("exact", "bound"), [(True, 1e-4), (False, 3e-4)])
-def test_losses_and_gradients_are_torchvisions(exact: bool, bound: float) -> None:
+def test_losses_and_gradients_are_torchvisions(exact: bool, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Unless exact, RoIAlign sums in another order: where the mask head's gradients nearly cancel, 1.2e-4 is seen.
+    # Of proposals as good as each other Winograd's roundings would choose others (below).
+    monkeypatch.setattr(winograd_in_training, "FEWEST_CHANNELS", {})
     images = [read_image(path) for path in coco_paths()[:2]] or [drawn_image(120, 180), drawn_image(150, 110)]
     truths = [objects(image, seed=seed) for seed, image in enumerate(images)]
     theirs = torchvision_network("v1", images[0], min_size=MIN_SIZE, max_size=MAX_SIZE).requires_grad_(True)
@@ -236,6 +250,35 @@ def test_half_precision_keeps_losses_in_float32_and_near() -> None:
     for name, value in near.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, exact[name], rtol=0.2, atol=0.05)
+
+
+@needs_compiled
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
+def test_winograd_changes_losses_and_gradients_by_roundings(
+    dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = forward_of(SMALL)
+    truths = [objects(image, seed=seed, num_classes=6) for seed, image in enumerate(IMAGES)]
+    batch = collate(IMAGES, truths, config=forward.config, recipe=forward.recipe, seeds=[3, 4])
+    proposals = forward._propose(forward.network.features(batch.pixels), batch)
+    monkeypatch.setattr(
+        forward, "_propose", lambda *_: proposals
+    )  # or of two as good as each other it may take another
+    runs = []
+    for name in ("FEWEST_CELLS", "CELLS_PER_CHANNEL"):
+        monkeypatch.setattr(winograd_in_training, name, 0)
+    for fewest in ({}, {torch.float32: 32, torch.bfloat16: 32}):
+        monkeypatch.setattr(winograd_in_training, "FEWEST_CHANNELS", fewest)
+        forward.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses: dict[str, Tensor] = forward(batch)
+        torch.autograd.backward(list(losses.values()))
+        gradients = torch.cat([one.grad.flatten() for one in forward.parameters() if one.grad is not None])
+        runs.append((torch.stack(list(losses.values())).detach(), gradients))
+    (plain, expected), (by_winograd, found) = runs
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(by_winograd, plain, rtol=bound, atol=0)
+    assert (found - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("where", ["here", pytest.param("gpu", marks=pytest.mark.gpu)])
