@@ -74,6 +74,11 @@ def can_compute(conv: nn.Conv2d, *, in_integers: bool) -> bool:
     )
 
 
+def has_bf16_tiles() -> bool:
+    """Whether products in bfloat16 are many times as fast as float32's, and faster than by integers, as with AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 class CompiledWinograd:
     """A 3×3 convolution at stride 1, padded by one. No gradients.
 
@@ -100,7 +105,7 @@ class CompiledWinograd:
             self._scale = scale.transpose(0, 1).contiguous()  # (P, K)
             units = scale.clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(pair, dim=2)
             at_points = at_points.div_(units[:, :, None]).round_().short()
-        self._weight = at_points.view(*at_points.shape[:3], GROUP, pair)
+        self._weight = at_points.view(*at_points.shape[:3], GROUP, pair).contiguous()
         self._bias = torch.zeros(num_outputs) if bias is None else bias.detach().float()
 
     def __call__(self, x: Tensor, plus: Tensor | None, *, relu: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.box_head import BoxHead, first_layer_as_convolution
-from model.compiled_winograd import CompiledWinograd, can_compute
+from model.compiled_winograd import CompiledWinograd, can_compute, has_bf16_tiles
 from model.config import ModelConfig
 from model.conv_norm import ConvNorm, folded
 from model.fpn import FPN
@@ -144,6 +144,9 @@ def ready_to_run(network: Network, device: torch.device, precision: Precision, *
     """
     _check_run(device, precision, exact=exact)
     running = copy.deepcopy(network).float().eval()
+    for part in running.modules():
+        if isinstance(part, ConvNorm):
+            part.trains_by_winograd = False
     if running.mask_head is not None:
         running.mask_head = _channels_last(folded(running.mask_head))
     if not exact:
@@ -168,7 +171,7 @@ def _round(network: Network, device: torch.device) -> None:
     precise: list[nn.Module] = [head.class_logits, head.deltas]
     if device.type == "cpu":
         precise += [network.body.stem, *head.fcs[1:], *_in_integers(network)]
-        if network.rpn is not None and not _has_bf16_tiles():
+        if network.rpn is not None and not has_bf16_tiles():
             precise.append(network.rpn)
     kept = {id(parameter) for part in precise for parameter in part.parameters()}
     if device.type == "cpu" and can_fuse_on_cpu(torch.bfloat16):
@@ -184,15 +187,10 @@ def _round(network: Network, device: torch.device) -> None:
 
 def _in_integers(network: Network) -> list[ConvNorm]:
     """Convolutions that a CPU computes in 16-bit integers in place of bfloat16: faster, and rounded less."""
-    if _has_bf16_tiles():
+    if has_bf16_tiles():
         return []
     parts = [part for part in network.modules() if isinstance(part, ConvNorm) and part.norm is None]
     return [part for part in parts if can_compute(part.conv, in_integers=True)]
-
-
-def _has_bf16_tiles() -> bool:
-    """Whether products in bfloat16 are many times as fast as float32's, as on processors with AMX."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _fuse_on_cpu(network: Network, precision: Precision) -> None:

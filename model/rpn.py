@@ -6,11 +6,12 @@ The best anchors of each level are chosen by their logits first; only those are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model import boxes as box_math
 from model.anchors import anchors_at
@@ -50,8 +51,8 @@ class RPNHead(nn.Module):
         """The same, (N, S) and (N, S, 4), of some anchors of each image, `index` (N, S) over all levels, computed from
         the cells around them.
 
-        Training learns of a few hundred anchors of an image's 268,000: the gradients of the others are zeros, which
-        those of `forward` would be computed with all the same.
+        Training learns of a few hundred anchors of an image: the gradients of the others are zeros, which those of
+        `forward` would be computed with all the same.
         """
         anchors_per_cell = self.objectness.out_channels
         kind = index.remainder(anchors_per_cell).flatten()[:, None]  # (N S, 1)
@@ -90,7 +91,27 @@ def _around(levels: Sequence[Tensor], cell: Tensor, *, reach: int) -> tuple[Tens
     image = torch.arange(num_images, device=cell.device)[:, None, None, None]
     row = num_images * first_cell + (image * heights + y) * widths + x
     table = torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in levels])  # (Σ N H W, C)
-    return table[row].where(inside[..., None], 0).flatten(0, 1), inside.flatten(0, 1)
+    maps: Tensor = _Rows.apply(table, row.flatten()).view(*row.shape, -1)
+    return maps.where(inside[..., None], 0).flatten(0, 1), inside.flatten(0, 1)
+
+
+class _Rows(torch.autograd.Function):
+    """(B, C) rows of a table (P, C), some of them more than once. Their gradients are added up in float32, and on a CPU
+    in the same order each time, which torch's own are not."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, row: Tensor) -> Tensor:
+        ctx.save_for_backward(row)
+        ctx.num_rows, ctx.dtype = len(table), table.dtype
+        return table.index_select(0, row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (row,) = ctx.saved_tensors
+        gradient = box_math.full_precision(gradient)
+        sums = gradient.new_zeros(ctx.num_rows, gradient.shape[1]).index_add_(0, row, gradient)
+        return sums.to(ctx.dtype), None
 
 
 class Proposals(NamedTuple):

@@ -81,7 +81,7 @@ class TrainingForward(nn.Module):
     ) -> None:
         """Samplers are random unless given. With a `divisor` that gives the mean of all workers' counts, the mean of
         their losses is the loss of all their images together. `exact` keeps torchvision's order of sums in RoIAlign and
-        in convolutions, which takes longer on a CPU."""
+        in all convolutions but the RPN's, which takes longer on a CPU."""
         super().__init__()
         self.network = network
         self.config = config
@@ -143,8 +143,10 @@ class TrainingForward(nn.Module):
             assert batch.proposals_valid is not None
             return Proposals(batch.proposals, batch.proposals_valid)
         grids, strides = self._grids(levels, batch)
+        outputs = [self.network.rpn(level) for level in levels]
+        torch.clear_autocast_cache()  # whose weights, older releases of torch leave, have no gradient
         return _propose_on(batch.pixels.device)(
-            [self.network.rpn(level) for level in levels],
+            outputs,
             self._cells,
             grids=grids,
             strides=strides,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.compiled_winograd import GROUP, CompiledWinograd, can_compute
+from model.compiled_winograd import GROUP, CompiledWinograd, can_compute, has_bf16_tiles
 
 FEWEST_CELLS, CELLS_PER_CHANNEL = 4_000, 24
 """Of a batch's maps. With fewer, the weight, which is laid out anew at each step, costs what the products spare."""
@@ -24,7 +24,7 @@ FEWEST_CHANNELS = {torch.float32: 32, torch.bfloat16: 64}
 
 def pays(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `conv` of maps like `x`, in `dtype`, can be computed so and is the faster for it."""
-    if x.device.type != "cpu" or dtype not in FEWEST_CHANNELS:
+    if x.device.type != "cpu" or dtype not in FEWEST_CHANNELS or (dtype == torch.bfloat16 and has_bf16_tiles()):
         return False
     channels = conv.in_channels, conv.out_channels
     return (
@@ -37,7 +37,7 @@ def pays(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(N, K, H, W) of the maps (N, C, H, W), in their dtype, which is float32, or bfloat16 with 16-bit integers within;
-    weight (K, C, 3, 3) and bias (K,) in float32, and so are their gradients."""
+    weight (K, C, 3, 3) and bias (K,) in float32. Their gradients are computed in the maps' dtype."""
     maps: Tensor = _Conv.apply(x, weight, bias)
     return maps
 

@@ -56,7 +56,7 @@ def test_in_bf16_what_boxes_hang_on_stays_float32(
     small_net: MaskRCNN, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
 ) -> None:
     """The RPN only where bfloat16 is not many times as fast."""
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: has_tiles)
     monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     running = ready_to_run(small_net.network, CPU, "bf16", exact=False)
     full = {name for name, value in running.named_parameters() if value.dtype == torch.float32}
@@ -122,7 +122,7 @@ def test_wide_convolutions_go_by_winograd_in_float32(
 def test_convolutions_of_the_box_head_go_by_what_is_faster_on_small_maps(
     monkeypatch: pytest.MonkeyPatch, precision: Precision, kind: type
 ) -> None:
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: False)
     config = ModelConfig(body="resnet18", body_width=8, box_head="4conv1fc", num_classes=2)
     running = ready_to_run(build_network(config, Recipe()), CPU, precision, exact=False)
     assert {type(part.winograd) for part in running.box_head.convs if isinstance(part, ConvNorm)} == {kind}
@@ -133,7 +133,7 @@ def test_convolutions_of_the_box_head_go_by_what_is_faster_on_small_maps(
 def test_bfloat16_goes_by_integers_but_on_processors_with_tiles_of_it(
     wide: Network, monkeypatch: pytest.MonkeyPatch, has_tiles: bool
 ) -> None:
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: has_tiles)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: has_tiles)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
     every = {"body": IN_BODY, "pyramid": [True] * 4, "RPN": [True], "mask head": [True] * 4}
     assert _by(CompiledWinograd, running) == (NONE if has_tiles else every)
@@ -143,7 +143,7 @@ def test_bfloat16_goes_by_integers_but_on_processors_with_tiles_of_it(
 def test_without_the_compiled_form_only_the_rpn_goes_by_winograd_beside_bfloat16(
     wide: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: False)
     monkeypatch.setattr(compiled_winograd, "_library", lambda: None)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
     assert _by(CompiledWinograd, running) == NONE
@@ -156,7 +156,7 @@ def _is_3x3(part: nn.Module) -> TypeGuard[ConvNorm]:
 
 @torch.inference_mode()
 def test_levels_have_one_dtype_whatever_computed_them(wide: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: False)
     running = ready_to_run(wide, CPU, "bf16", exact=False)
     assert {level.dtype for level in running.features(IMAGES)} == {torch.bfloat16}
 
@@ -167,7 +167,7 @@ def test_levels_have_one_dtype_whatever_computed_them(wide: Network, monkeypatch
 def test_a_mask_head_in_bfloat16_is_that_in_float32_within_its_rounding(
     wide: Network, monkeypatch: pytest.MonkeyPatch, has_onednn_bf16: bool, in_integers: bool
 ) -> None:
-    monkeypatch.setattr(network, "_has_bf16_tiles", lambda: False)
+    monkeypatch.setattr(network, "has_bf16_tiles", lambda: False)
     if not has_onednn_bf16:
         monkeypatch.setattr(network, "can_fuse_on_cpu", lambda dtype: dtype == torch.float32)
     if not in_integers:

@@ -181,3 +181,21 @@ def test_of_maps_in_half_precision_they_are_near_those_among_all(anchors_per_cel
     assert objectness.dtype == deltas.dtype == torch.float32
     expected = torch.cat([one for one, _ in outputs], dim=1).gather(1, index)
     torch.testing.assert_close(objectness, expected, rtol=0.02, atol=0.01)
+
+
+def test_gradients_of_what_many_anchors_see_are_rounded_once_and_alike_each_time() -> None:
+    # 400 anchors on a map of two cells: in bfloat16 their sum, a few at a time, would lose what is below a 256th of it
+    torch.manual_seed(0)
+    head = RPNHead(in_channels=16, anchors_per_cell=3, num_convs=1)
+    level = torch.randn(1, 16, 1, 2).to(torch.bfloat16).requires_grad_()
+    exact = level.detach().float().requires_grad_()
+    index = torch.randint(6, (1, 400))
+    found: list[Tensor] = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            objectness, deltas = head.of_anchors([level], index)
+        found += torch.autograd.grad(objectness.sum() + deltas.sum(), level)
+    objectness, deltas = head.of_anchors([exact], index)
+    (expected,) = torch.autograd.grad(objectness.sum() + deltas.sum(), exact)
+    assert torch.equal(found[0], found[1])
+    assert (found[0].float() - expected).norm() < 0.01 * expected.norm()

@@ -273,7 +273,9 @@ def test_winograd_changes_losses_and_gradients_by_roundings(
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             losses: dict[str, Tensor] = forward(batch)
         torch.autograd.backward(list(losses.values()))
-        gradients = torch.cat([one.grad.flatten() for one in forward.parameters() if one.grad is not None])
+        parameters = dict(forward.named_parameters())
+        assert [name for name, one in parameters.items() if one.grad is None] == []
+        gradients = torch.cat([one.grad.flatten() for one in parameters.values() if one.grad is not None])
         runs.append((torch.stack(list(losses.values())).detach(), gradients))
     (plain, expected), (by_winograd, found) = runs
     assert not torch.equal(found, expected)

@@ -14,7 +14,7 @@ from torch import Tensor
 from model import R18_FPN, winograd_in_training
 from model.conv_norm import ConvNorm
 from model.initial_weights import initialise
-from model.network import build_network
+from model.network import build_network, ready_to_run
 from model.recipe import Recipe
 from model.training import TrainingForward
 from model.winograd_in_training import convolve, pays
@@ -83,6 +83,12 @@ def test_small_and_other_maps_are_left_to_the_plain_sum() -> None:
     assert not pays(conv, x.to("meta"), torch.float32)
 
 
+def test_tiles_of_bfloat16_are_faster_than_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd_in_training, "has_bf16_tiles", lambda: True)
+    assert not pays(conv_3x3(64, 64), torch.empty(1, 64, 80, 80), torch.bfloat16)
+    assert pays(conv_3x3(64, 64), torch.empty(1, 64, 80, 80), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_in_training_uses_it_with_its_norm_and_relu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FEWEST_CELLS", "CELLS_PER_CHANNEL"):
@@ -111,3 +117,19 @@ def test_a_network_is_trained_so_unless_exact() -> None:
         TrainingForward(network, config=config, recipe=Recipe(), exact=exact)
         parts = [part for part in network.modules() if isinstance(part, ConvNorm)]
         assert all(part.trains_by_winograd is not exact for part in parts)
+
+
+def test_the_copy_that_runs_is_exact_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FEWEST_CELLS", "CELLS_PER_CHANNEL"):
+        monkeypatch.setattr(winograd_in_training, name, 0)
+    config = replace(R18_FPN(num_classes=3), fpn_channels=32)
+    network = build_network(config, Recipe())
+    initialise(network, seed=0)
+    runs = []
+    for _ in range(2):
+        with torch.inference_mode():
+            running = ready_to_run(network, torch.device("cpu"), "fp32", exact=True)
+            runs.append(running.features(torch.linspace(-1, 1, 3 * 64 * 96).view(1, 3, 64, 96)))
+        TrainingForward(network, config=config, recipe=Recipe())
+    for before, after in zip(*runs, strict=True):
+        assert torch.equal(before, after)
