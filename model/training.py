@@ -144,7 +144,7 @@ class TrainingForward(nn.Module):
             return Proposals(batch.proposals, batch.proposals_valid)
         grids, strides = self._grids(levels, batch)
         outputs = [self.network.rpn(level) for level in levels]
-        torch.clear_autocast_cache()  # whose weights, older releases of torch leave, have no gradient
+        torch.clear_autocast_cache()  # in older releases of torch it keeps weights without a gradient
         return _propose_on(batch.pixels.device)(
             outputs,
             self._cells,
